@@ -1,0 +1,226 @@
+"""The forward process and every formula of DDPM that needs no network (chapters 1 and 3).
+
+The code's ``t`` is the paper's ``t``: timesteps are 1 … T, every table has T + 1 entries, and entry 0 is clean
+data (``betas[0] = 0``, ``alphas_cumprod[0] = 1``). Libraries that count from 0 call our ``t`` by ``t - 1``.
+
+DDPM: Ho, Jain, Abbeel, "Denoising Diffusion Probabilistic Models", 2020, arXiv:2006.11239.
+"""
+
+import math
+import warnings
+from pathlib import Path
+
+import torch
+from huggingface_hub import hf_hub_download
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+SHIPPED_WEIGHTS = Path(__file__).parent / "weights"  # the checkpoint that comes with the package
+MAX_SQRT_ALPHA_BAR_T = 0.05  # above this, x_T still shows the data and is not the N(0, I) that sampling starts from
+
+
+# --------------------------------------------------------------------------------------- beta schedules
+def _scaled_range(num_timesteps: int, name: str) -> tuple[float, float]:
+    """The ends of DDPM's linear schedule, (1e-4, 0.02) at T = 1000, scaled by 1000/T so that x_T is noise at any T."""
+    _check_count(num_timesteps)
+    scale = 1000 / num_timesteps
+    start, end = scale * 1e-4, scale * 0.02
+    if end >= 1:
+        raise ValueError(
+            f"{name}_beta_schedule got num_timesteps={num_timesteps}: beta_T = 20/T must stay below 1, "
+            "so T must be at least 21 (cosine_beta_schedule allows fewer)"
+        )
+    return start, end
+
+
+def _check_count(num_timesteps: int) -> None:
+    if isinstance(num_timesteps, bool) or not isinstance(num_timesteps, int) or num_timesteps < 1:
+        raise ValueError(f"num_timesteps must be an integer of at least 1, got {num_timesteps!r}")
+
+
+def linear_beta_schedule(num_timesteps: int) -> Tensor:
+    """β_t rises in equal steps from 1e-4 to 0.02, times 1000/T (DDPM section 4). Returns β_1 … β_T, (T,) float64."""
+    start, end = _scaled_range(num_timesteps, "linear")
+    return torch.linspace(start, end, num_timesteps, dtype=torch.float64)
+
+
+def quadratic_beta_schedule(num_timesteps: int) -> Tensor:
+    """√β_t rises in equal steps between linear's ends ("quad" in the code of DDIM, arXiv:2010.02502). (T,) float64."""
+    start, end = _scaled_range(num_timesteps, "quadratic")
+    return torch.linspace(start**0.5, end**0.5, num_timesteps, dtype=torch.float64) ** 2
+
+
+def sigmoid_beta_schedule(num_timesteps: int) -> Tensor:
+    """β_t follows a sigmoid on [−6, 6] between linear's ends ("sigmoid" in the code of DDIM). Returns (T,) float64."""
+    start, end = _scaled_range(num_timesteps, "sigmoid")
+    ramp = torch.sigmoid(torch.linspace(-6, 6, num_timesteps, dtype=torch.float64))
+    return start + (end - start) * ramp
+
+
+def cosine_beta_schedule(num_timesteps: int, s: float = 0.008, max_beta: float = 0.999) -> Tensor:
+    """ᾱ_t = f(t)/f(0) with f(t) = cos²((t/T + s)/(1 + s) · π/2), so β_t = 1 − ᾱ_t/ᾱ_{t−1}, at most ``max_beta``.
+
+    Nichol, Dhariwal, "Improved DDPM", 2021, arXiv:2102.09672, eq. 17. Returns β_1 … β_T, (T,) float64.
+    """
+    _check_count(num_timesteps)
+    u = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
+    f = torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2
+    return (1 - f[1:] / f[:-1]).clamp(max=max_beta)
+
+
+SCHEDULES = {
+    "linear": linear_beta_schedule,
+    "cosine": cosine_beta_schedule,
+    "quadratic": quadratic_beta_schedule,
+    "sigmoid": sigmoid_beta_schedule,
+}
+
+
+def beta_schedule(name: str, num_timesteps: int = 1000) -> Tensor:
+    """The schedule of that name, β_1 … β_T, (T,) float64. ValueError names the known ones."""
+    if name not in SCHEDULES:
+        raise ValueError(f"unknown schedule {name!r}; the known ones are {', '.join(SCHEDULES)}")
+    return SCHEDULES[name](num_timesteps)
+
+
+# ----------------------------------------------------------------------------------- the diffusion itself
+class GaussianDiffusion(nn.Module):
+    """The Gaussian Markov chain x_0 → x_1 → … → x_T given by β_1 … β_T, and its exact conditionals.
+
+    ``betas`` is (T,), each in (0, 1). The tables are computed in float64 and stored in float32, (T + 1,) each;
+    ``.to(device)`` moves them. A warning says so when √ᾱ_T is above 0.05: x_T is then not pure noise.
+    Every method takes ``t`` as an int or as integers (B,), one for each item of the batch.
+    """
+
+    def __init__(self, betas: Tensor):
+        super().__init__()
+        betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
+        if betas.ndim != 1 or len(betas) < 1:
+            raise ValueError(f"betas must have shape (T,) with T at least 1, got {tuple(betas.shape)}")
+        if not ((betas > 0) & (betas < 1)).all():
+            raise ValueError(
+                f"each beta must lie in (0, 1); got values from {betas.min().item():.4g} to {betas.max().item():.4g}"
+            )
+        betas = torch.cat([torch.zeros(1, dtype=torch.float64), betas])  # entry 0 is clean data
+        alphas = 1 - betas
+        alphas_cumprod = alphas.cumprod(0)
+        previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])  # ᾱ_{t−1}
+        one_minus = (1 - alphas_cumprod).clamp(min=1e-20)  # entry 0 is never used as a divisor
+        self.num_timesteps = len(betas) - 1
+        self._betas_float64 = betas[1:]  # what save_pretrained writes, so that a loaded copy is exact
+        tables = {
+            "betas": betas,
+            "alphas": alphas,
+            "alphas_cumprod": alphas_cumprod,
+            "sqrt_alphas_cumprod": alphas_cumprod.sqrt(),
+            "sqrt_one_minus_alphas_cumprod": (1 - alphas_cumprod).sqrt(),
+            "posterior_variance": betas * (1 - previous) / one_minus,  # β̃_t, DDPM eq. 7; β̃_1 = 0
+            "posterior_mean_coef_x0": previous.sqrt() * betas / one_minus,
+            "posterior_mean_coef_xt": alphas.sqrt() * (1 - previous) / one_minus,
+        }
+        for name, table in tables.items():
+            self.register_buffer(name, table.float(), persistent=False)
+        if (left := alphas_cumprod[-1].sqrt().item()) > MAX_SQRT_ALPHA_BAR_T:
+            warnings.warn(
+                f"this schedule never reaches noise: sqrt(alpha_bar_T) is {left:.3f}, above {MAX_SQRT_ALPHA_BAR_T}. "
+                "Sampling that starts from N(0, I) will be wrong; use larger betas or more steps.",
+                stacklevel=2,
+            )
+
+    @classmethod
+    def from_schedule(cls, name: str = "linear", num_timesteps: int = 1000) -> "GaussianDiffusion":
+        """The diffusion of a named schedule: linear, cosine, quadratic or sigmoid."""
+        return cls(beta_schedule(name, num_timesteps))
+
+    @classmethod
+    def from_pretrained(cls, folder_or_hub_name: str | Path = SHIPPED_WEIGHTS) -> "GaussianDiffusion":
+        """The diffusion that a checkpoint was trained with, from its ``diffusion.safetensors`` (β_1 … β_T)."""
+        path = Path(folder_or_hub_name) / "diffusion.safetensors"
+        if not path.parent.is_dir():
+            path = hf_hub_download(str(folder_or_hub_name), path.name)
+        return cls(load_file(path)["betas"])
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``diffusion.safetensors`` into ``folder``; ``from_pretrained`` reads it."""
+        save_file({"betas": self._betas_float64.contiguous()}, Path(folder) / "diffusion.safetensors")
+
+    # ---------------------------------------------------------------------------- reading the tables
+    def at(self, table: Tensor, t: int | Tensor, like: Tensor, first: int = 1) -> Tensor:
+        """``table[t]``, shaped to multiply ``like`` (B, …): (B, 1, …), or a scalar for an int ``t``.
+
+        ValueError where t is outside first … T, or is not one integer for each item of the batch.
+        """
+        if isinstance(t, int):
+            low = high = t
+        else:
+            if t.shape != like.shape[:1] or t.is_floating_point():
+                raise ValueError(
+                    f"t must be an int, or integers of shape ({like.shape[0]},) for a batch of {like.shape[0]}; "
+                    f"got {t.dtype} of shape {tuple(t.shape)}"
+                )
+            low, high = (t.min().item(), t.max().item()) if len(t) else (first, first)
+        if low < first or high > self.num_timesteps:
+            raise ValueError(f"t must lie in {first} … {self.num_timesteps}, got values from {low} to {high}")
+        if isinstance(t, int):
+            return table[t]
+        return table[t.to(table.device)].view(-1, *[1] * (like.ndim - 1))  # (B, 1, …, 1)
+
+    # ---------------------------------------------------------------------------------- the forward process
+    def q_step(self, x_prev: Tensor, t: int | Tensor, noise: Tensor) -> Tensor:
+        """One step x_{t−1} → x_t = √(1 − β_t) x_{t−1} + √β_t ε (DDPM eq. 2). Shapes (B, …)."""
+        _same_shape("x_prev", x_prev, "noise", noise)
+        return self.at(self.alphas, t, x_prev).sqrt() * x_prev + self.at(self.betas, t, x_prev).sqrt() * noise
+
+    def q_chain(self, x_0: Tensor, generator: torch.Generator | None = None):
+        """The forward chain, step by step: yields (t, x_t) for t = 0 … T. x_0 is (B, …)."""
+        x_t = x_0
+        yield 0, x_t
+        for t in range(1, self.num_timesteps + 1):
+            x_t = self.q_step(x_t, t, randn_like(x_t, generator))
+            yield t, x_t
+
+    def q_sample(self, x_0: Tensor, t: int | Tensor, noise: Tensor) -> Tensor:
+        """x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε in one jump (DDPM eq. 4). t in 0 … T; shapes (B, …)."""
+        _same_shape("x_0", x_0, "noise", noise)
+        signal = self.at(self.sqrt_alphas_cumprod, t, x_0, first=0)
+        return signal * x_0 + self.at(self.sqrt_one_minus_alphas_cumprod, t, x_0, first=0) * noise
+
+    def q_posterior(self, x_0: Tensor, x_t: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
+        """Mean μ̃_t(x_t, x_0), (B, …), and variance β̃_t of q(x_{t−1} | x_t, x_0) (DDPM eqs. 6 and 7).
+
+        The variance broadcasts against x_t; at t = 1 it is 0 and the mean is x_0.
+        """
+        _same_shape("x_0", x_0, "x_t", x_t)
+        mean = self.at(self.posterior_mean_coef_x0, t, x_t) * x_0 + self.at(self.posterior_mean_coef_xt, t, x_t) * x_t
+        return mean, self.at(self.posterior_variance, t, x_t)
+
+    # ------------------------------------------------------------------------------------ x_0 and noise
+    def predict_x0(self, x_t: Tensor, t: int | Tensor, noise: Tensor) -> Tensor:
+        """The x_0 that gives x_t with this noise: (x_t − √(1 − ᾱ_t) ε) / √ᾱ_t (DDPM eq. 15). Shapes (B, …)."""
+        _same_shape("x_t", x_t, "noise", noise)
+        noisy = self.at(self.sqrt_one_minus_alphas_cumprod, t, x_t) * noise
+        return (x_t - noisy) / self.at(self.sqrt_alphas_cumprod, t, x_t)
+
+    def predict_noise(self, x_t: Tensor, t: int | Tensor, x_0: Tensor) -> Tensor:
+        """The noise that gives x_t from this x_0: (x_t − √ᾱ_t x_0) / √(1 − ᾱ_t). Shapes (B, …)."""
+        _same_shape("x_t", x_t, "x_0", x_0)
+        clean = self.at(self.sqrt_alphas_cumprod, t, x_t) * x_0
+        return (x_t - clean) / self.at(self.sqrt_one_minus_alphas_cumprod, t, x_t)
+
+    def snr(self) -> Tensor:
+        """Signal-to-noise ratio ᾱ_t / (1 − ᾱ_t), (T + 1,); infinite at t = 0."""
+        return self.alphas_cumprod / (1 - self.alphas_cumprod)
+
+
+def randn_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Standard normal noise shaped as x, on x's device; drawn on the generator's own device, so that a CPU
+    generator gives the same noise everywhere."""
+    device = generator.device if generator is not None else x.device
+    return torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
+
+
+def _same_shape(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
+    if a.shape != b.shape:
+        raise ValueError(
+            f"{name_a} and {name_b} must have one shape, got {tuple(a.shape)} and {tuple(b.shape)}"
+        )

@@ -1,0 +1,122 @@
+"""Samplers: from noise to images with any noise model ``model(x_t, t)`` (chapters 5 and 6).
+
+Each sampler is a generator: it yields every step, and the caller plots, stops, or keeps the last.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .data import to_uint8
+from .diffusion import GaussianDiffusion, randn_like
+
+
+class SampleStep(NamedTuple):
+    """One step of a sampler: it has arrived at timestep t (0 at the end) with x_t; pred_x0 is the clean data that
+    the step aimed at. Both (B, …)."""
+
+    t: int
+    x_t: Tensor
+    pred_x0: Tensor
+
+
+@torch.no_grad()
+def sample_ddpm(
+    model: Callable[[Tensor, Tensor], Tensor],
+    diffusion: GaussianDiffusion,
+    shape: Sequence[int],
+    *,
+    clip_denoised: bool = True,
+    variance: str = "posterior",
+    x_T: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Iterator[SampleStep]:
+    """Ancestral sampling, T steps (DDPM algorithm 2). The last x_t is the sample.
+
+    Each step predicts x_0, clips it to [−1, 1] if ``clip_denoised``, and draws x_{t−1} from q(x_{t−1} | x_t, x_0);
+    without clipping this is the paper's formula in ε (its eqs. 7 and 11 are one). ``variance`` is "posterior"
+    (σ_t² = β̃_t) or "beta" (σ_t² = β_t), the two choices of DDPM section 3.2. ``x_T`` (B, …) replaces the first noise.
+    """
+    if variance not in ("posterior", "beta"):
+        raise ValueError(f"variance must be 'posterior' or 'beta', got {variance!r}")
+    x_t = _start(diffusion, shape, x_T, generator)
+    for t in range(diffusion.num_timesteps, 0, -1):
+        pred_x0 = _predict_x0(model, diffusion, x_t, t, clip_denoised)
+        mean, posterior_variance = diffusion.q_posterior(pred_x0, x_t, t)
+        if t == 1:  # the last step adds no noise (algorithm 2, line 3)
+            x_t = mean
+        else:
+            sigma = (posterior_variance if variance == "posterior" else diffusion.betas[t]).sqrt()
+            x_t = mean + sigma * randn_like(x_t, generator)
+        yield SampleStep(t - 1, x_t, pred_x0)
+
+
+@torch.no_grad()
+def sample_ddim(
+    model: Callable[[Tensor, Tensor], Tensor],
+    diffusion: GaussianDiffusion,
+    shape: Sequence[int],
+    *,
+    num_inference_steps: int = 50,
+    eta: float = 0.0,
+    clip_denoised: bool = True,
+    x_T: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Iterator[SampleStep]:
+    """DDIM (Song et al., arXiv:2010.02502, eq. 12) on ``num_inference_steps`` of the T timesteps.
+
+    ``eta`` 0 is deterministic; 1 adds the noise of ancestral sampling, and with all T steps equals ``sample_ddpm``.
+    Where ``clip_denoised`` changes x_0, the noise is computed again from it, so that both still explain x_t.
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must lie in [0, 1], got {eta}")
+    timesteps = ddim_timesteps(diffusion.num_timesteps, num_inference_steps)
+    x_t = _start(diffusion, shape, x_T, generator)
+    for t, t_next in zip(timesteps, [*timesteps[1:], 0], strict=True):
+        pred_x0 = _predict_x0(model, diffusion, x_t, t, clip_denoised)
+        noise = diffusion.predict_noise(x_t, t, pred_x0)
+        alpha_bar_t, alpha_bar_next = diffusion.alphas_cumprod[t], diffusion.alphas_cumprod[t_next]
+        variance = (1 - alpha_bar_next) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_next)
+        sigma = eta * variance.sqrt()  # DDIM eq. 16
+        x_t = alpha_bar_next.sqrt() * pred_x0 + (1 - alpha_bar_next - sigma**2).clamp(min=0).sqrt() * noise
+        if eta > 0 and t_next > 0:
+            x_t = x_t + sigma * randn_like(x_t, generator)
+        yield SampleStep(t_next, x_t, pred_x0)
+
+
+def ddim_timesteps(num_timesteps: int, num_inference_steps: int) -> list[int]:
+    """``num_inference_steps`` timesteps spread evenly from T down; the step after the last one is 0 (clean data).
+
+    T itself is always the first: a sampler that starts from pure noise must say that it is at T (Lin et al.,
+    arXiv:2305.08891, section 3.3). diffusers calls this spacing "trailing".
+    """
+    if not 1 <= num_inference_steps <= num_timesteps:
+        raise ValueError(f"num_inference_steps must lie in 1 … {num_timesteps} (T), got {num_inference_steps}")
+    return [round(num_timesteps * (1 - i / num_inference_steps)) for i in range(num_inference_steps)]
+
+
+SAMPLERS = {"ddpm": sample_ddpm, "ddim": sample_ddim}
+
+
+def sample_images(steps: Iterator[SampleStep]) -> Tensor:
+    """Run a sampler to its end and return its sample as uint8 images (B, C, H, W):
+    ``sample_images(sample_ddim(model, diffusion, (16, 1, 28, 28)))``."""
+    return to_uint8(deque(steps, maxlen=1).pop().x_t)
+
+
+def _start(diffusion: GaussianDiffusion, shape: Sequence[int], x_T: Tensor | None, generator) -> Tensor:
+    device = diffusion.betas.device
+    if x_T is None:
+        return randn_like(torch.empty(tuple(shape), device=device), generator)
+    if tuple(x_T.shape) != tuple(shape):
+        raise ValueError(f"x_T must have the shape asked for, {tuple(shape)}, got {tuple(x_T.shape)}")
+    return x_T.to(device)
+
+
+def _predict_x0(model, diffusion: GaussianDiffusion, x_t: Tensor, t: int, clip_denoised: bool) -> Tensor:
+    pred_noise = model(x_t, torch.full(x_t.shape[:1], t, device=x_t.device))
+    pred_x0 = diffusion.predict_x0(x_t, t, pred_noise)
+    return pred_x0.clamp(-1, 1) if clip_denoised else pred_x0

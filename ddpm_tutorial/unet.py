@@ -1,0 +1,253 @@
+"""The noise predictor: a U-Net built from small blocks (chapter 4).
+
+Ronneberger et al., 2015, arXiv:1505.04597; as used by DDPM (appendix B) and Dhariwal, Nichol, 2021,
+arXiv:2105.05233 (scale-shift conditioning, class embedding).
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+
+from .diffusion import SHIPPED_WEIGHTS
+
+
+def sinusoidal_embedding(t: Tensor, dim: int, max_period: float = 10_000) -> Tensor:
+    """t (B,) → (B, dim): cosines and sines at dim/2 frequencies, geometric from 1 to 1/max_period radians a step.
+
+    Vaswani et al., 2017, arXiv:1706.03762, section 3.5. ``dim`` is even.
+    """
+    half = dim // 2
+    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, device=t.device) / half)
+    angles = t[:, None].float() * frequencies  # (B, half)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm with up to 32 groups: the most that divides the channels (Wu, He, 2018, arXiv:1803.08494)."""
+    return nn.GroupNorm(math.gcd(32, channels), channels)
+
+
+def zeroed(layer: nn.Module) -> nn.Module:
+    """The layer with weight and bias 0, so that its residual branch starts as the identity."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class ResidualBlock(nn.Module):
+    """x (B, in, H, W), embedding (B, emb) → (B, out, H, W).
+
+    Two 3×3 convolutions, each after GroupNorm and SiLU. The embedding scales and shifts the second norm. The last
+    convolution starts at zero, so the block starts as its shortcut.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, emb_channels: int):
+        super().__init__()
+        self.norm1 = group_norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.emb = nn.Linear(emb_channels, 2 * out_channels)
+        self.norm2 = group_norm(out_channels)
+        self.conv2 = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        same = in_channels == out_channels
+        self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        scale, shift = self.emb(F.silu(emb))[:, :, None, None].chunk(2, dim=1)  # (B, out, 1, 1) each
+        h = self.norm2(h) * (1 + scale) + shift
+        return self.shortcut(x) + self.conv2(F.silu(h))
+
+
+class SelfAttention(nn.Module):
+    """x (B, C, H, W) → same: every position looks at every other, in ``heads`` heads of C / heads channels."""
+
+    def __init__(self, channels: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm = group_norm(channels)
+        self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.to_out = zeroed(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        q, k, v = rearrange(
+            self.to_qkv(self.norm(x)), "b (three heads d) h w -> three b heads (h w) d", three=3, heads=self.heads
+        )
+        out = F.scaled_dot_product_attention(q, k, v)  # (B, heads, H·W, d)
+        return x + self.to_out(rearrange(out, "b heads (h w) d -> b (heads d) h w", h=height, w=width))
+
+
+class Downsample(nn.Conv2d):
+    """(B, C, H, W) → (B, out, H/2, W/2): a 3×3 convolution with stride 2."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, 3, stride=2, padding=1)
+
+
+class Upsample(nn.Conv2d):
+    """(B, C, H, W) → (B, out, 2H, 2W): nearest neighbour, then a 3×3 convolution, which leaves no checkerboard."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class Stage(nn.Module):
+    """A residual block and, where asked for, self-attention: what the U-Net repeats at every resolution."""
+
+    def __init__(self, in_channels: int, out_channels: int, emb_channels: int, heads: int = 0):
+        super().__init__()
+        self.block = ResidualBlock(in_channels, out_channels, emb_channels)
+        self.attention = SelfAttention(out_channels, heads) if heads else nn.Identity()
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        return self.attention(self.block(x, emb))
+
+
+class UNet(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="ddpm-tutorial",
+    license="mit",
+    tags=["ddpm", "fashion-mnist"],
+):
+    """ε_θ(x_t, t, label): noisy images (B, in_channels, H, W) → the predicted noise, same shape.
+
+    H and W must be divisible by ``patch_size`` · 2^(levels − 1), where levels = len(channel_mults).
+
+    - ``channels`` · ``channel_mults`` is the width of each level; the resolution halves from level to level.
+    - ``num_res_blocks`` residual blocks a level on the way down, and as many on the way up.
+    - ``attention_levels``: the levels (0 is the finest) with self-attention, beside the middle one.
+    - ``patch_size`` p > 1 folds p×p pixels into channels first (pixel-unshuffle), so all work is at 1/p of the size.
+    - ``num_classes`` adds a label embedding with one extra entry, the null label ``num_classes`` ("no label").
+
+    The input and output convolutions work on patches; the output one starts at zero.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        channels: int = 64,
+        channel_mults: Sequence[int] = (1, 2),
+        num_res_blocks: int = 1,
+        attention_levels: Sequence[int] = (1,),
+        num_heads: int = 4,
+        patch_size: int = 1,
+        num_classes: int | None = None,
+    ):
+        super().__init__()
+        widths = [channels * mult for mult in channel_mults]
+        for width in widths:
+            if width % (2 * num_heads):
+                raise ValueError(
+                    f"each level's width must be divisible by 2 · num_heads = {2 * num_heads}; "
+                    f"channels={channels} with channel_mults={tuple(channel_mults)} gives {width}"
+                )
+        emb_channels = 4 * channels
+        patch_channels = in_channels * patch_size**2
+        self.in_channels, self.channels = in_channels, channels
+        self.patch_size, self.num_classes = patch_size, num_classes
+        self.size_divisor = patch_size * 2 ** (len(widths) - 1)
+
+        self.time_mlp = nn.Sequential(
+            nn.Linear(channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
+        )
+        self.label_emb = None if num_classes is None else nn.Embedding(num_classes + 1, emb_channels)
+
+        def heads(level: int) -> int:
+            return num_heads if level in attention_levels else 0
+
+        self.conv_in = nn.Conv2d(patch_channels, widths[0], 3, padding=1)
+        self.down, self.downsample = nn.ModuleList(), nn.ModuleList()
+        for level, width in enumerate(widths):
+            stages = [Stage(width, width, emb_channels, heads(level)) for _ in range(num_res_blocks)]
+            self.down.append(nn.ModuleList(stages))
+            if level + 1 < len(widths):
+                self.downsample.append(Downsample(width, widths[level + 1]))
+
+        self.middle = nn.ModuleList(
+            [Stage(widths[-1], widths[-1], emb_channels, num_heads), Stage(widths[-1], widths[-1], emb_channels)]
+        )
+
+        self.up, self.upsample = nn.ModuleList(), nn.ModuleList()
+        for level, width in reversed(list(enumerate(widths))):
+            stages = [Stage(2 * width, width, emb_channels, heads(level)) for _ in range(num_res_blocks)]
+            self.up.append(nn.ModuleList(stages))
+            if level > 0:
+                self.upsample.append(Upsample(width, widths[level - 1]))
+
+        self.norm_out = group_norm(widths[0])
+        self.conv_out = zeroed(nn.Conv2d(widths[0], patch_channels, 3, padding=1))
+
+    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """x_t (B, C, H, W), t (B,) integers, labels (B,) integers in 0 … num_classes (None: the null label)."""
+        p = self.patch_size
+        self._check(x_t, t, labels)
+        emb = self._embed(t, labels)
+        x = rearrange(x_t, "b c (h p) (w q) -> b (c p q) h w", p=p, q=p)
+        x = self.conv_in(x)
+
+        skips = []
+        for level, stages in enumerate(self.down):
+            for stage in stages:
+                x = stage(x, emb)
+                skips.append(x)
+            if level < len(self.downsample):
+                x = self.downsample[level](x)
+
+        for stage in self.middle:
+            x = stage(x, emb)
+
+        for level, stages in enumerate(self.up):
+            for stage in stages:
+                x = stage(torch.cat([x, skips.pop()], dim=1), emb)  # (B, 2·width, H, W) in
+            if level < len(self.upsample):
+                x = self.upsample[level](x)
+
+        x = self.conv_out(F.silu(self.norm_out(x)))
+        return rearrange(x, "b (c p q) h w -> b c (h p) (w q)", p=p, q=p)
+
+    def _embed(self, t: Tensor, labels: Tensor | None) -> Tensor:
+        emb = self.time_mlp(sinusoidal_embedding(t, self.channels))  # (B, 4·channels)
+        if self.label_emb is None:
+            return emb
+        if labels is None:
+            labels = torch.full_like(t, self.num_classes)
+        return emb + self.label_emb(labels)
+
+    def _check(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> None:
+        if x_t.ndim != 4 or x_t.shape[1] != self.in_channels:
+            raise ValueError(f"x_t must be (B, {self.in_channels}, H, W), got {tuple(x_t.shape)}")
+        if x_t.shape[2] % self.size_divisor or x_t.shape[3] % self.size_divisor:
+            raise ValueError(
+                f"this U-Net takes heights and widths divisible by {self.size_divisor}, "
+                f"got {x_t.shape[2]}×{x_t.shape[3]}"
+            )
+        if t.shape != x_t.shape[:1]:
+            raise ValueError(f"t must be ({x_t.shape[0]},), one timestep an image; got {tuple(t.shape)}")
+        if labels is None:
+            return
+        if self.label_emb is None:
+            raise ValueError("labels were given to a U-Net without num_classes")
+        if labels.shape != t.shape:
+            raise ValueError(f"labels must be ({x_t.shape[0]},), one an image; got {tuple(labels.shape)}")
+        if labels.device.type == "cpu" and len(labels) and not 0 <= labels.min() <= labels.max() <= self.num_classes:
+            raise ValueError(
+                f"labels must lie in 0 … {self.num_classes} ({self.num_classes} is the null label), "
+                f"got {labels.min().item()} … {labels.max().item()}"
+            )
+
+    @classmethod
+    def from_pretrained(cls, folder_or_hub_name: str | Path = SHIPPED_WEIGHTS, **options) -> "UNet":
+        """The network saved in a checkpoint folder or on the Hugging Face hub (default: the shipped weights), in
+        evaluation mode. Reads ``config.json`` and ``model.safetensors``, strictly; ``options`` as for the hub mixin.
+        """
+        return super().from_pretrained(str(folder_or_hub_name), strict=True, **options)
