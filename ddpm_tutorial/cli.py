@@ -4,6 +4,7 @@ Exit status: 0 done, 1 failed while running, 2 bad input (one line says what), 1
 """
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -149,9 +150,13 @@ def run_train(
     run, config = dict(RUN_DEFAULTS), {}
     if resume:
         saved = read_training_info(out)
-        run, config = saved["run"], saved["config"]
-        changed = {**run, **config}
-        changed = [f"--{k.replace('_', '-')}" for k, v in given.items() if k != "num_train_steps" and changed[k] != v]
+        try:
+            run, config = saved["run"], saved["config"]
+        except KeyError as missing:
+            raise ValueError(f"{out / 'training.json'} has no {missing}: not a run of this command") from None
+        before = {**run, **config}
+        free = ("data", "num_train_steps")  # the data may have moved, and a run may be made longer
+        changed = [f"--{k.replace('_', '-')}" for k, v in given.items() if k not in free and before[k] != v]
         if changed:
             raise ValueError(f"the run in {out} was started with another {', '.join(changed)}; --resume keeps its own")
     run = {name: given.get(name, value) for name, value in run.items()}
@@ -211,6 +216,8 @@ def run_sample(
         raise FileNotFoundError(f"no such folder: {out.parent}")
     if num_images < 1:
         raise ValueError(f"--num-images must be at least 1, got {num_images}")
+    if not math.isfinite(guidance_scale):
+        raise ValueError(f"--guidance-scale must be a finite number, got {guidance_scale}")
     if seed < 0:
         raise ValueError(f"--seed must be at least 0, got {seed}")
     if sampler not in SAMPLERS:

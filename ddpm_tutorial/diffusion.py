@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -138,7 +139,10 @@ class GaussianDiffusion(nn.Module):
         path = Path(folder_or_hub_name) / "diffusion.safetensors"
         if not path.parent.is_dir():
             path = hf_hub_download(str(folder_or_hub_name), path.name)
-        return cls(load_file(path)["betas"])
+        try:
+            return cls(load_file(path)["betas"])
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(f"{path} is damaged or holds no betas: {error}") from error
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``diffusion.safetensors`` into ``folder``; ``from_pretrained`` reads it."""
@@ -210,6 +214,44 @@ class GaussianDiffusion(nn.Module):
     def snr(self) -> Tensor:
         """Signal-to-noise ratio ᾱ_t / (1 − ᾱ_t), (T + 1,); infinite at t = 0."""
         return self.alphas_cumprod / (1 - self.alphas_cumprod)
+
+    def mean_from_noise(self, x_t: Tensor, t: int | Tensor, noise: Tensor) -> Tensor:
+        """μ̃_t(x_t, x_0) written with the noise: (x_t − β_t/√(1 − ᾱ_t) ε) / √α_t (DDPM eq. 11). Shapes (B, …)."""
+        _same_shape("x_t", x_t, "noise", noise)
+        scale = self.at(self.betas, t, x_t) / self.at(self.sqrt_one_minus_alphas_cumprod, t, x_t)
+        return (x_t - scale * noise) / self.at(self.alphas, t, x_t).sqrt()
+
+    def noise_from_mean(self, x_t: Tensor, t: int | Tensor, mean: Tensor) -> Tensor:
+        """The noise for which ``mean_from_noise`` gives this mean: (x_t − √α_t μ) √(1 − ᾱ_t)/β_t. Shapes (B, …)."""
+        _same_shape("x_t", x_t, "mean", mean)
+        scale = self.at(self.betas, t, x_t) / self.at(self.sqrt_one_minus_alphas_cumprod, t, x_t)
+        return (x_t - self.at(self.alphas, t, x_t).sqrt() * mean) / scale
+
+    def predict_v(self, x_0: Tensor, t: int | Tensor, noise: Tensor) -> Tensor:
+        """v = √ᾱ_t ε − √(1 − ᾱ_t) x_0 (Salimans, Ho, 2022, arXiv:2202.00512). Shapes (B, …)."""
+        _same_shape("x_0", x_0, "noise", noise)
+        clean = self.at(self.sqrt_one_minus_alphas_cumprod, t, x_0) * x_0
+        return self.at(self.sqrt_alphas_cumprod, t, x_0) * noise - clean
+
+    def x0_from_v(self, x_t: Tensor, t: int | Tensor, v: Tensor) -> Tensor:
+        """x_0 = √ᾱ_t x_t − √(1 − ᾱ_t) v: no division, so no error grows. Shapes (B, …)."""
+        _same_shape("x_t", x_t, "v", v)
+        turned = self.at(self.sqrt_one_minus_alphas_cumprod, t, x_t) * v
+        return self.at(self.sqrt_alphas_cumprod, t, x_t) * x_t - turned
+
+    def noise_from_v(self, x_t: Tensor, t: int | Tensor, v: Tensor) -> Tensor:
+        """ε = √(1 − ᾱ_t) x_t + √ᾱ_t v. Shapes (B, …)."""
+        _same_shape("x_t", x_t, "v", v)
+        turned = self.at(self.sqrt_alphas_cumprod, t, x_t) * v
+        return self.at(self.sqrt_one_minus_alphas_cumprod, t, x_t) * x_t + turned
+
+    def score_from_noise(self, noise: Tensor, t: int | Tensor) -> Tensor:
+        """−ε/√(1 − ᾱ_t): ∇ log q(x_t | x_0) for the noise drawn, ∇ log q(x_t) for its mean E[ε | x_t]. (B, …)."""
+        return -noise / self.at(self.sqrt_one_minus_alphas_cumprod, t, noise)
+
+    def noise_from_score(self, score: Tensor, t: int | Tensor) -> Tensor:
+        """ε = −√(1 − ᾱ_t) · score, the inverse of ``score_from_noise``. Shapes (B, …)."""
+        return -self.at(self.sqrt_one_minus_alphas_cumprod, t, score) * score
 
 
 def randn_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor:

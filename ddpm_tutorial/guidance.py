@@ -41,7 +41,7 @@ def classifier_free(model, labels: Tensor, guidance_scale: float = 1.0) -> Noise
     def guided(x_t: Tensor, t: Tensor) -> Tensor:
         if guidance_scale in (0, 1):
             return model(x_t, t, labels if guidance_scale == 1 else null)
-        both = model(x_t.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([labels, null]))
+        both = model(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([labels, null]))
         with_label, without = both.chunk(2)
         return without + guidance_scale * (with_label - without)
 

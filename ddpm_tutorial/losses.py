@@ -1,7 +1,9 @@
-"""Losses on the predicted noise (chapters 3 and 5)."""
+"""Losses on the predicted noise, and the weight of each timestep (chapters 3 and 5)."""
 
 import torch.nn.functional as F
 from torch import Tensor
+
+from .diffusion import GaussianDiffusion
 
 LOSSES = {"l2": F.mse_loss, "l1": F.l1_loss, "huber": F.smooth_l1_loss}
 
@@ -12,8 +14,49 @@ def noise_loss(pred_noise: Tensor, noise: Tensor, kind: str = "l2") -> Tensor:
     """
     if kind not in LOSSES:
         raise ValueError(f"unknown loss {kind!r}; the known ones are {', '.join(LOSSES)}")
+    _same_shape(pred_noise, noise)
+    return LOSSES[kind](pred_noise, noise)
+
+
+def weighted_noise_loss(pred_noise: Tensor, noise: Tensor, weight: Tensor) -> Tensor:
+    """Mean over the batch of weight · (mean over the item of |ε − ε_θ|²); weight 1 is L_simple. (B, …), (B, …), (B,)
+    in, a scalar out. ``weight`` is a table of this module read at the batch's t, such as ``vlb_weights(diffusion)[t]``.
+    """
+    _same_shape(pred_noise, noise)
+    if weight.shape != noise.shape[:1]:
+        raise ValueError(f"weight must be ({noise.shape[0]},), one an item, got {tuple(weight.shape)}")
+    return (weight * (pred_noise - noise).square().flatten(1).mean(dim=1)).mean()
+
+
+def vlb_weights(diffusion: GaussianDiffusion, variance: str = "posterior") -> Tensor:
+    """The factor of ‖ε − ε_θ‖² in L_{t−1}, in nats: β_t² / (2 σ_t² α_t (1 − ᾱ_t)) (DDPM eq. 12). (T + 1,); entry 0,
+    where there is no step, is 0. ‖·‖² is a sum over the dimensions of one item, not a mean.
+
+    ``variance`` is that of p_θ(x_{t−1} | x_t): "beta" (σ_t² = β_t) or "posterior" (σ_t² = β̃_t). With β̃_1 = 0 the
+    latter is infinite at t = 1.
+    """
+    if variance not in ("posterior", "beta"):
+        raise ValueError(f"variance must be 'posterior' or 'beta', got {variance!r}")
+    sigma_squared = diffusion.posterior_variance if variance == "posterior" else diffusion.betas
+    one_minus_alpha_bar = diffusion.sqrt_one_minus_alphas_cumprod**2  # 1 − ᾱ_t without float32's cancellation
+    weights = diffusion.betas**2 / (2 * sigma_squared * diffusion.alphas * one_minus_alpha_bar)
+    weights[0] = 0
+    return weights
+
+
+def min_snr_weights(diffusion: GaussianDiffusion, gamma: float = 5.0) -> Tensor:
+    """min(SNR_t, γ) / SNR_t, Min-SNR-γ (Hang et al., 2023, arXiv:2303.09556) as a factor of the noise error; (T + 1,).
+
+    1 from the noisy end down to where SNR_t = γ, then falling to 0 at t = 0.
+    """
+    if not gamma > 0:
+        raise ValueError(f"gamma must be positive, got {gamma}")
+    snr_inverse = (diffusion.sqrt_one_minus_alphas_cumprod / diffusion.sqrt_alphas_cumprod) ** 2
+    return (gamma * snr_inverse).clamp(max=1)
+
+
+def _same_shape(pred_noise: Tensor, noise: Tensor) -> None:
     if pred_noise.shape != noise.shape:
         raise ValueError(
             f"prediction and noise must have one shape, got {tuple(pred_noise.shape)} and {tuple(noise.shape)}"
         )
-    return LOSSES[kind](pred_noise, noise)

@@ -93,8 +93,11 @@ def ddim_timesteps(num_timesteps: int, num_inference_steps: int) -> list[int]:
     T itself is always the first: a sampler that starts from pure noise must say that it is at T (Lin et al.,
     arXiv:2305.08891, section 3.3). diffusers calls this spacing "trailing".
     """
-    if not 1 <= num_inference_steps <= num_timesteps:
-        raise ValueError(f"num_inference_steps must lie in 1 … {num_timesteps} (T), got {num_inference_steps}")
+    whole = isinstance(num_inference_steps, int) and not isinstance(num_inference_steps, bool)
+    if not whole or not 1 <= num_inference_steps <= num_timesteps:
+        raise ValueError(
+            f"num_inference_steps must be an integer in 1 … {num_timesteps} (T), got {num_inference_steps!r}"
+        )
     return [round(num_timesteps * (1 - i / num_inference_steps)) for i in range(num_inference_steps)]
 
 

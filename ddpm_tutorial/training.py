@@ -118,8 +118,23 @@ def train(
     step comes from (seed, step), so a run resumed from the checkpoint folder ``resume_from`` gives the same weights
     as one never stopped. A loss that is not finite raises FloatingPointError.
     """
-    if model.num_classes is not None and labels is None:
+    if images.dtype != torch.uint8 or images.ndim != 4:
+        raise ValueError(f"images must be uint8 (N, C, H, W), got {images.dtype} {tuple(images.shape)}")
+    if config.batch_size > len(images):
+        raise ValueError(f"batch_size must lie in 1 … {len(images)} (the number of images), got {config.batch_size}")
+    if model.num_classes is None:
+        labels = None
+    elif labels is None:
         raise ValueError("a class-conditional model needs labels")
+    elif labels.shape != images.shape[:1] or not 0 <= labels.min() <= labels.max() < model.num_classes:
+        raise ValueError(
+            f"labels must be ({len(images)},) in 0 … {model.num_classes - 1}; "
+            f"got {tuple(labels.shape)} in {labels.min().item()} … {labels.max().item()}"
+        )
+    return _train_steps(model, diffusion, images, labels, config, resume_from)  # the checks above run at once
+
+
+def _train_steps(model, diffusion, images, labels, config, resume_from) -> Iterator[TrainState]:
     accelerator = Accelerator(mixed_precision=config.precision)
     device, world, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
     if config.batch_size % world:
@@ -127,7 +142,7 @@ def train(
     model.to(device, memory_format=torch.channels_last).train()
     diffusion.to(device)
     images = images.to(device)
-    labels = None if labels is None or model.num_classes is None else labels.to(device)
+    labels = None if labels is None else labels.to(device)
     make_optimizer = OPTIMIZERS[config.optimizer]
     optimizer = make_optimizer(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     ema = make_ema(model, config.ema_decay)

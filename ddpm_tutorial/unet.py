@@ -4,6 +4,8 @@ Ronneberger et al., 2015, arXiv:1505.04597; as used by DDPM (appendix B) and Dha
 arXiv:2105.05233 (scale-shift conditioning, class embedding).
 """
 
+import contextlib
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from huggingface_hub import PyTorchModelHubMixin
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .diffusion import SHIPPED_WEIGHTS
@@ -248,6 +251,12 @@ class UNet(
     @classmethod
     def from_pretrained(cls, folder_or_hub_name: str | Path = SHIPPED_WEIGHTS, **options) -> "UNet":
         """The network saved in a checkpoint folder or on the Hugging Face hub (default: the shipped weights), in
-        evaluation mode. Reads ``config.json`` and ``model.safetensors``, strictly; ``options`` as for the hub mixin.
+        evaluation mode. Reads ``config.json`` and ``model.safetensors``; ``options`` are those of the hub mixin.
+        ValueError where they are damaged or do not fit each other.
         """
-        return super().from_pretrained(str(folder_or_hub_name), strict=True, **options)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # the mixin prints where it loads from
+                return super().from_pretrained(str(folder_or_hub_name), strict=True, **options)
+        except (SafetensorError, RuntimeError, TypeError, KeyError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{folder_or_hub_name} is damaged or holds no U-Net of this package: {reason}") from error

@@ -1,0 +1,124 @@
+"""The rules that every chapter keeps, read from the committed notebooks without running them."""
+
+import json
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "book").glob("*.ipynb"))
+REPOSITORY = re.search(r"url: https://github.com/(\S+)", (ROOT / "_config.yml").read_text()).group(1)
+PLACES = ["README.md", "CITATION.cff", "pyproject.toml", "book/index.md"]
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+def path(request):
+    return request.param
+
+
+@pytest.fixture
+def notebook(path):
+    return nbformat.read(path, as_version=4)
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def markdown(notebook):
+    return [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+
+
+def test_seven_chapters_are_in_the_table_of_contents():
+    toc = (ROOT / "_toc.yml").read_text()
+    assert len(NOTEBOOKS) >= 7
+    for path in NOTEBOOKS:
+        assert f"book/{path.stem}\n" in toc
+        assert path.name in (ROOT / "book" / "index.md").read_text()
+        assert path.name in (ROOT / "README.md").read_text()
+
+
+def test_notebook_is_valid_and_has_stable_metadata(path, notebook):
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert len({cell.id for cell in notebook.cells}) == len(notebook.cells)
+    assert path.stat().st_size < 4_000_000
+
+
+def test_begins_with_title_and_colab_badge(path, notebook):
+    first = notebook.cells[0]
+    assert first.cell_type == "markdown" and first.source.startswith("# ")
+    badge = f"https://colab.research.google.com/github/{REPOSITORY}/blob/main/book/{path.name}"
+    assert badge in first.source
+    assert f"git+https://github.com/{REPOSITORY}" in code_cells(notebook)[0].source
+    assert sum(len(re.findall(r"^# ", text, re.M)) for text in markdown(notebook)) == 1
+
+
+def test_code_cells_are_short(notebook):
+    lengths = [len(cell.source.strip().splitlines()) for cell in code_cells(notebook)]
+    assert max(lengths) <= 12
+    assert sorted(lengths)[len(lengths) // 2] <= 8
+
+
+def test_outputs_are_committed_and_free_of_errors(notebook):
+    numbers = [cell.execution_count for cell in code_cells(notebook)]
+    assert numbers == list(range(1, len(numbers) + 1)), "run from top to bottom, by make notebooks"
+    outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    for output in outputs:
+        assert output.output_type != "error"
+        text = json.dumps(output)
+        assert "Traceback" not in text and "Warning:" not in text
+        assert not re.search(r"/(home|root|tmp|work|Users)/\w", text), "a machine's path in an output"
+
+
+def test_text_is_plain_markdown(notebook):
+    for text in markdown(notebook):
+        assert not re.search(r"^(:::|```\{)|\{(ref|eq|cite|doc|numref|math)\}`", text, re.M), text[:200]
+        fenced = re.sub(r"```.*?```", "", text, flags=re.S)
+        assert fenced.count("$$") % 2 == 0
+        assert text.count("<details>") == text.count("</details>") == text.count("<summary>")
+
+
+def test_equation_numbers_are_unique(notebook):
+    tags = re.findall(r"\\tag\{([^}]*)\}", "\n".join(markdown(notebook)))
+    assert len(tags) >= 2 and len(set(tags)) == len(tags)
+    for number in set(re.findall(r"\((\d\.\d+)\)", "\n".join(markdown(notebook)))):
+        assert number in tags or not number.startswith(tags[0].split(".")[0] + "."), f"({number}) is not an equation"
+
+
+def test_has_exercises_with_solutions_a_quiz_and_further_reading(path, notebook):
+    text = "\n".join(markdown(notebook))
+    assert len(re.findall("<summary>.*[Ss]olution", text)) >= 2
+    assert "arxiv.org/abs/" in text and re.search(r"^## .*[Rr]ead next", text, re.M)
+    chapter = path.stem[:2]
+    assert any(f'show_quiz("{chapter}")' in cell.source for cell in code_cells(notebook))
+    quiz = json.loads((ROOT / "ddpm_tutorial" / "quizzes" / f"{chapter}.json").read_text(encoding="utf-8"))
+    assert len(quiz) >= 4
+    for question in quiz:
+        answers = question["answers"]
+        assert any(answer.get("correct") for answer in answers), question["question"]
+        assert all(answer.get("feedback") for answer in answers), question["question"]
+
+
+def test_links_between_pages_exist(notebook):
+    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)[^)]*\)", "\n".join(markdown(notebook))):
+        assert (ROOT / "book" / target).exists(), target
+
+
+def test_repository_has_one_name():
+    for place in PLACES:
+        text = (ROOT / place).read_text()
+        for found in re.findall(r"(?:github\.com|colab\.research\.google\.com/github)/([\w.-]+/ddpm-tutorial)", text):
+            assert found == REPOSITORY, place
+
+
+def test_names_in_the_notation_exist():
+    """Each name in the third column of notation.md is one of the package's, so the table cannot rot."""
+    source = "".join(path.read_text() for path in (ROOT / "ddpm_tutorial").glob("*.py"))
+    rows = re.findall(r"^\|[^|]*\|[^|]*\|([^|]*)\|[^|]*\|$", (ROOT / "book" / "notation.md").read_text(), re.M)
+    names = {name for row in rows for name in re.findall(r"`(\w+)", row)}
+    assert len(names) > 20
+    assert not {name for name in names if not re.search(rf"\b{name}\b", source)}

@@ -1,0 +1,281 @@
+"""The training loop: it learns, its parts are what they say, and a stopped run goes on exactly."""
+
+import csv
+import json
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from ddpm_tutorial import training
+from ddpm_tutorial.data import load_fashion_mnist
+from ddpm_tutorial.diffusion import GaussianDiffusion
+from ddpm_tutorial.training import (
+    STATE_FILE,
+    TrainConfig,
+    learning_rate,
+    make_ema,
+    read_training_info,
+    save_checkpoint,
+    train,
+    train_to_folder,
+)
+from ddpm_tutorial.unet import UNet
+
+CONFIG = TrainConfig(num_train_steps=8, batch_size=16, warmup_steps=2, lr=1e-3, ema_decay=0.9)
+
+
+@pytest.fixture(scope="module")
+def data():
+    images, labels, _ = load_fashion_mnist("test", "sample")
+    return images[:70], labels[:70]  # not a whole number of batches, and two epochs within 8 steps
+
+
+def new_model(seed=0, **options):
+    torch.manual_seed(seed)
+    return UNet(**({"channels": 16, "patch_size": 2, "num_classes": 10} | options))
+
+
+def new_run():
+    return new_model(), GaussianDiffusion.from_schedule("linear", 1000)
+
+
+def weights(module):
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+# --------------------------------------------------------------------------------------------- the loop
+def test_loss_falls_below_predicting_no_noise(data):
+    """A network that predicts 0 has loss 1; the first steps must leave that well behind."""
+    config = TrainConfig(num_train_steps=60, batch_size=32, lr=3e-3, warmup_steps=5)
+    losses = [state.loss.item() for state in train(*new_run(), *data, config)]
+    assert losses[0] == pytest.approx(1, abs=0.05)
+    assert sum(losses[-10:]) / 10 < 0.6
+
+
+def test_same_seed_same_weights_other_seed_other_weights(data):
+    def end(seed):
+        *_, last = train(*new_run(), *data, TrainConfig(num_train_steps=3, batch_size=16, seed=seed))
+        return weights(last.model)
+
+    assert torch.equal(end(0), end(0))
+    assert not torch.equal(end(0), end(1))
+
+
+def test_global_seed_is_left_alone(data):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    model, diffusion = new_run()
+    torch.manual_seed(5)
+    list(train(model, diffusion, *data, TrainConfig(num_train_steps=2, batch_size=8)))
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+@pytest.mark.parametrize("loss", ["l2", "l1", "huber"])
+def test_each_optimizer_and_loss_trains(data, optimizer, loss):
+    config = TrainConfig(num_train_steps=3, batch_size=8, optimizer=optimizer, loss=loss)
+    states = list(train(*new_run(), *data, config))
+    assert [state.step for state in states] == [1, 2, 3]
+    assert all(math.isfinite(state.loss) for state in states)
+
+
+def test_bf16_autocast_trains(data):
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        config = TrainConfig(num_train_steps=2, batch_size=8, precision="bf16")
+        *_, last = train(*new_run(), *data, config)
+        assert weights(last.model).dtype == torch.float32 and weights(last.model).isfinite().all()
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_without_classes_labels_are_not_needed(data):
+    model = new_model(num_classes=None)
+    states = list(train(model, GaussianDiffusion.from_schedule(), data[0], None, CONFIG))
+    assert len(states) == CONFIG.num_train_steps
+
+
+def test_bad_data_is_refused_before_the_first_step(data):
+    images, labels = data
+    for bad_images, bad_labels, message in [
+        (images, None, "needs labels"),
+        (images, labels[:-1], r"labels must be \(70,\)"),
+        (images, labels + 1, "0 … 9.*in 1 … 10"),
+        (images.float(), labels, "uint8"),
+        (images[:10], labels[:10], "1 … 10 .*got 16"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            train(*new_run(), bad_images, bad_labels, CONFIG)
+
+
+def test_gradient_is_clipped(data):
+    """With SGD's memory removed (one step of plain gradient), the step is as long as lr times the clipped norm."""
+    config = TrainConfig(num_train_steps=1, batch_size=16, grad_clip=0.01, warmup_steps=0)
+    state = next(train(*new_run(), *data, config))
+    clipped = torch.stack([p.grad.norm() for p in state.model.parameters() if p.grad is not None]).norm()
+    assert state.grad_norm > 0.1  # the norm before clipping is what is reported
+    assert_close(clipped.item(), 0.01, rtol=1e-3, atol=0)
+
+
+def test_loss_that_is_not_finite_stops_and_leaves_the_weights(data):
+    model, diffusion = new_run()
+    with torch.no_grad():
+        model.conv_out.bias.fill_(float("inf"))
+    before = weights(model)
+    with pytest.raises(FloatingPointError, match="step 1: the loss is (inf|nan)"):
+        next(train(model, diffusion, *data, CONFIG))
+    assert torch.equal(weights(model), before)
+
+
+# ------------------------------------------------------------------------------------- learning rate, EMA
+def test_learning_rate_warms_up_then_falls_to_zero():
+    config = TrainConfig(num_train_steps=1000, warmup_steps=100, lr=2.0)
+    rates = [learning_rate(step, config) for step in range(1, 1001)]
+    assert rates[0] == pytest.approx(2 / 101) and max(rates) <= 2
+    assert rates[99] == pytest.approx(2, rel=0.02) and rates[549] == pytest.approx(1, rel=0.01)
+    assert rates[-1] == pytest.approx(0, abs=1e-6)
+    assert all(a < b for a, b in zip(rates[:99], rates[1:100], strict=True))
+    assert all(a > b for a, b in zip(rates[101:-1], rates[102:], strict=True))
+
+
+def test_ema_follows_its_recursion():
+    """Against the recursion in plain Python: first a copy, then decay min(0.6, (1 + n)/(10 + n))."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    ema = make_ema(model, decay=0.6)
+    expected = None
+    for n in range(20):
+        model.weight.data.fill_(float(n**2))
+        ema.update_parameters(model)
+        decay = min(0.6, (1 + n) / (10 + n))
+        expected = n**2 if expected is None else decay * expected + (1 - decay) * n**2
+        assert ema.module.weight.item() == pytest.approx(expected, rel=1e-5)
+    assert not ema.module.weight.requires_grad
+
+
+# ------------------------------------------------------------------------------------ checkpoints, resume
+def test_resumed_run_equals_an_uninterrupted_one(data, tmp_path):
+    whole = list(train(*new_run(), *data, CONFIG))
+    for stop in (1, 3, 6):
+        model, diffusion = new_run()
+        for state in train(model, diffusion, *data, CONFIG):
+            if state.step == stop:
+                save_checkpoint(state, diffusion, tmp_path, {})
+                break
+        rest = list(train(new_model(seed=99), diffusion, *data, CONFIG, resume_from=tmp_path))
+        assert [state.step for state in rest] == list(range(stop + 1, 9))
+        assert torch.equal(weights(rest[-1].model), weights(whole[-1].model))
+        assert torch.equal(weights(rest[-1].ema), weights(whole[-1].ema))
+        assert [s.loss.item() for s in rest] == [s.loss.item() for s in whole[stop:]]
+
+
+def test_checkpoint_holds_the_ema_weights_and_the_diffusion(data, tmp_path):
+    model, diffusion = new_run()
+    *_, last = train(model, diffusion, *data, CONFIG)
+    save_checkpoint(last, diffusion, tmp_path, {"note": "kept"})
+    loaded = UNet.from_pretrained(tmp_path)
+    assert torch.equal(weights(loaded), weights(last.ema)) and not torch.equal(weights(loaded), weights(last.model))
+    assert torch.equal(GaussianDiffusion.from_pretrained(tmp_path).betas, diffusion.betas)
+    assert read_training_info(tmp_path) == {"note": "kept", "step": 8}
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "config.json", "diffusion.safetensors", "model.safetensors", "training.json", STATE_FILE,
+    }  # fmt: skip
+
+
+def test_failed_write_leaves_the_old_checkpoint(data, tmp_path, monkeypatch):
+    """A disk that fills while the new files are written: the old ones stay, and nothing is left behind."""
+    model, diffusion = new_run()
+    states = train(model, diffusion, *data, CONFIG)
+    save_checkpoint(next(states), diffusion, tmp_path, {})
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def disk_is_full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(GaussianDiffusion, "save_pretrained", disk_is_full)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(next(states), diffusion, tmp_path, {})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("damage", ["truncated", "nonsense", "other network", "missing"])
+def test_damaged_checkpoint_is_refused(data, tmp_path, damage):
+    model, diffusion = new_run()
+    save_checkpoint(next(train(model, diffusion, *data, CONFIG)), diffusion, tmp_path, {})
+    path, other = tmp_path / STATE_FILE, new_model()
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-1000])
+    elif damage == "nonsense":
+        path.write_bytes(b"not a checkpoint")
+    elif damage == "other network":
+        other = new_model(channels=24)
+    else:
+        path.unlink()
+    kind = FileNotFoundError if damage == "missing" else ValueError
+    with pytest.raises(kind, match=STATE_FILE):
+        next(train(other, diffusion, *data, CONFIG, resume_from=tmp_path))
+
+
+# ------------------------------------------------------------------------------------------ runs in folders
+def test_run_in_a_folder_writes_log_samples_and_checkpoint(data, tmp_path):
+    last = train_to_folder(*new_run(), *data, CONFIG, tmp_path, log_every=3, checkpoint_every=4, sample_every=5)
+    assert last == 8
+    rows = list(csv.DictReader((tmp_path / "log.csv").read_text().splitlines()))
+    assert [int(row["step"]) for row in rows] == [3, 6, 8]
+    assert all(0 < float(row["loss"]) < 2 for row in rows)
+    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["step-000005.png", "step-000008.png"]
+    assert json.loads((tmp_path / "training.json").read_text())["config"]["batch_size"] == 16
+
+
+def test_stopped_folder_goes_on_and_its_log_has_no_row_twice(data, tmp_path):
+    options = {"log_every": 1, "checkpoint_every": 2, "sample_every": 0}
+    train_to_folder(*new_run(), *data, CONFIG, tmp_path / "whole", **options)
+    calls = iter(range(100))
+    stopped = train_to_folder(
+        *new_run(), *data, CONFIG, tmp_path / "parts", should_stop=lambda: next(calls) == 4, **options
+    )
+    assert stopped == 5
+    extra = "6,0,0.5,0.1,1e-3,9\r\n"  # a row after the checkpoint, as a killed run leaves it
+    with (tmp_path / "parts" / "log.csv").open("a") as file:
+        file.write(extra)
+    assert train_to_folder(*new_run(), *data, CONFIG, tmp_path / "parts", resume=True, **options) == 8
+    logs = [list(csv.DictReader((tmp_path / n / "log.csv").read_text().splitlines())) for n in ("whole", "parts")]
+    assert [(r["step"], r["loss"]) for r in logs[0]] == [(r["step"], r["loss"]) for r in logs[1]]
+    whole, parts = (UNet.from_pretrained(tmp_path / name) for name in ("whole", "parts"))
+    assert torch.equal(weights(whole), weights(parts))
+
+
+def test_folder_with_a_checkpoint_is_not_overwritten(data, tmp_path):
+    train_to_folder(*new_run(), *data, CONFIG, tmp_path, sample_every=0)
+    before = (tmp_path / STATE_FILE).read_bytes()
+    with pytest.raises(ValueError, match="already holds a checkpoint.*--resume"):
+        train_to_folder(*new_run(), *data, CONFIG, tmp_path, sample_every=0)
+    assert (tmp_path / STATE_FILE).read_bytes() == before
+
+
+def test_finished_run_resumes_to_nothing(data, tmp_path):
+    train_to_folder(*new_run(), *data, CONFIG, tmp_path, sample_every=0)
+    assert train_to_folder(*new_run(), *data, CONFIG, tmp_path, sample_every=0, resume=True) == 8
+
+
+@pytest.mark.parametrize(
+    "option,value",
+    [
+        ("num_train_steps", 0), ("batch_size", 0), ("lr", 0.0), ("lr", float("nan")), ("lr", -1.0),
+        ("warmup_steps", -1), ("grad_clip", 0.0), ("ema_decay", 1.0), ("label_dropout", 1.5), ("loss", "l3"),
+        ("optimizer", "sgd"), ("precision", "fp8"), ("seed", -1), ("weight_decay", -0.1),
+    ],
+)  # fmt: skip
+def test_config_names_what_is_out_of_range(option, value):
+    with pytest.raises(ValueError, match=f"{option} must be .*got"):
+        TrainConfig(**{option: value})
+
+
+def test_every_setting_of_the_config_is_used():
+    """A field that the loop never reads would be an option that passes in silence."""
+    source = open(training.__file__, encoding="utf-8").read()
+    for name in TrainConfig.__dataclass_fields__:
+        assert f"config.{name}" in source, name
