@@ -1,9 +1,11 @@
-"""The command line: ``ddpm-tutorial train`` and ``ddpm-tutorial sample`` (chapters 5 and 6).
+"""The command line: ``ddpm-tutorial train``, ``sample`` and ``evaluate`` (chapters 5, 6 and 2).
 
 Exit status: 0 done, 1 failed while running, 2 bad input (one line says what), 130 or 143 stopped by a signal.
 """
 
 import argparse
+import contextlib
+import json
 import math
 import os
 import signal
@@ -50,8 +52,8 @@ class Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     from .training import TrainConfig
 
-    parser = Parser(prog="ddpm-tutorial", description="Train a DDPM on Fashion-MNIST, and sample from it.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train|sample")
+    parser = Parser(prog="ddpm-tutorial", description="Train a DDPM on Fashion-MNIST, sample from it, and evaluate it.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train|sample|evaluate")
 
     train = commands.add_parser(
         "train",
@@ -112,6 +114,25 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sample.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the noise (default: 0)")
     sample.add_argument("--out", type=Path, required=True, help="FILE.png (a grid) or FILE.npz (images and labels)")
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="measure a checkpoint on real images",
+        description="Measure a trained model on real images: the variational bound in bits per dimension.",
+        epilog="Example: ddpm-tutorial evaluate --data sample --metric bits-per-dim --num-images 200",
+    )
+    evaluate.add_argument("--checkpoint", metavar="FOLDER", help=f"a folder that train wrote (default: {SHIPPED})")
+    evaluate.add_argument("--data", metavar="SOURCE", help="as for train")
+    evaluate.add_argument("--split", default="test", metavar="X", help="test or train (default: test)")
+    evaluate.add_argument("--metric", default="bits-per-dim", metavar="X", help="bits-per-dim (the default)")
+    evaluate.add_argument(
+        "--num-images", type=int, default=200, metavar="N", help="images, drawn at random; 0: all (default: 200)"
+    )
+    evaluate.add_argument(
+        "--num-steps", type=int, default=50, metavar="N", help="timesteps for each image; 0: all T (default: 50)"
+    )
+    evaluate.add_argument("--seed", type=int, default=0, metavar="N", help="seed of images and noise (default: 0)")
+    evaluate.add_argument("--out", type=Path, help="also write the figures to FILE.json")
     return parser
 
 
@@ -119,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = vars(build_parser().parse_args(argv))
     command = args.pop("command")
     try:
-        return {"train": run_train, "sample": run_sample}[command](**args)
+        return {"train": run_train, "sample": run_sample, "evaluate": run_evaluate}[command](**args)
     except FloatingPointError as error:
         return _fail(command, error, 1)
     except (ValueError, OSError) as error:  # ConnectionError and FileNotFoundError are OSErrors
@@ -129,6 +150,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _fail(command: str, error: Exception, status: int) -> int:
     print(f"ddpm-tutorial {command}: error: {error}", file=sys.stderr)
     return status
+
+
+def _at_least(least: int, **options: int) -> None:
+    for name, value in options.items():
+        if value < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+
+
+def _load(checkpoint: str | None):
+    """The U-Net and the diffusion of a checkpoint folder (None: the shipped one), on the best device, and that."""
+    import torch
+
+    from .diffusion import SHIPPED_WEIGHTS, GaussianDiffusion
+    from .unet import UNet
+
+    folder = SHIPPED_WEIGHTS if checkpoint is None else Path(checkpoint)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"no checkpoint in {folder}: it holds no config.json")
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return UNet.from_pretrained(folder).to(device), GaussianDiffusion.from_pretrained(folder).to(device), device
 
 
 # ------------------------------------------------------------------------------------------------- train
@@ -142,11 +183,8 @@ def run_train(
     from .training import TrainConfig, read_training_info, train_to_folder
     from .unet import UNet
 
-    for name, value, least in (
-        ("log-every", log_every, 1), ("checkpoint-every", checkpoint_every, 1), ("sample-every", sample_every, 0),
-    ):  # fmt: skip
-        if value < least:
-            raise ValueError(f"--{name} must be at least {least}, got {value}")
+    _at_least(1, log_every=log_every, checkpoint_every=checkpoint_every)
+    _at_least(0, sample_every=sample_every)
     run, config = dict(RUN_DEFAULTS), {}
     if resume:
         saved = read_training_info(out)
@@ -205,35 +243,25 @@ def run_sample(
     from tqdm.auto import tqdm
 
     from .data import seeded_generator
-    from .diffusion import SHIPPED_WEIGHTS, GaussianDiffusion
     from .guidance import classifier_free
     from .sampling import SAMPLERS, sample_images
-    from .unet import UNet
 
     if out.suffix not in (".png", ".npz"):
         raise ValueError(f"--out must end in .png or .npz, got {out}")
     if not out.parent.is_dir():
         raise FileNotFoundError(f"no such folder: {out.parent}")
-    if num_images < 1:
-        raise ValueError(f"--num-images must be at least 1, got {num_images}")
+    _at_least(1, num_images=num_images)
     if not math.isfinite(guidance_scale):
         raise ValueError(f"--guidance-scale must be a finite number, got {guidance_scale}")
-    if seed < 0:
-        raise ValueError(f"--seed must be at least 0, got {seed}")
+    _at_least(0, seed=seed)
     if sampler not in SAMPLERS:
         raise ValueError(f"--sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
     if sampler == "ddpm" and num_inference_steps is not None:
         raise ValueError("--num-inference-steps belongs to ddim; ddpm always takes all T steps")
     options = {"num_inference_steps": num_inference_steps or 50} if sampler == "ddim" else {}
-    if num_inference_steps is not None and num_inference_steps < 1:
-        raise ValueError(f"--num-inference-steps must be at least 1, got {num_inference_steps}")
-    folder = SHIPPED_WEIGHTS if checkpoint is None else Path(checkpoint)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"no checkpoint in {folder}: it holds no config.json")
-
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    model = UNet.from_pretrained(folder).to(device)
-    diffusion = GaussianDiffusion.from_pretrained(folder).to(device)
+    if num_inference_steps is not None:
+        _at_least(1, num_inference_steps=num_inference_steps)
+    model, diffusion, device = _load(checkpoint)
     if model.num_classes is None and labels:
         raise ValueError("this checkpoint was trained without labels; leave --labels out")
     wanted = [parse_label(label) for label in labels] if labels else list(range(model.num_classes or 1))
@@ -271,19 +299,73 @@ def parse_label(text: str) -> int:
 
 
 def save_images(images, labels, out: Path, columns: int) -> None:
-    """Write uint8 images (N, C, H, W) as a PNG grid or, with their labels, as an NPZ file, by way of a second name."""
+    """Write uint8 images (N, C, H, W) as a PNG grid or, with their labels, as an NPZ file."""
     import numpy as np
     from torchvision.utils import save_image
 
-    aside = out.with_name(".writing-" + out.name)
-    try:
+    with _written_aside(out) as aside:
         if out.suffix == ".png":
             save_image(images.float() / 255, aside, nrow=columns)
         else:
             np.savez_compressed(aside, images=images.numpy(), labels=labels.numpy())
+
+
+@contextlib.contextmanager
+def _written_aside(out: Path):
+    """A path beside ``out`` to write to; it takes the place of ``out`` when all went well, else it goes."""
+    aside = out.with_name(".writing-" + out.name)
+    try:
+        yield aside
         os.replace(aside, out)
     finally:
         aside.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------- evaluate
+def run_evaluate(
+    checkpoint: str | None,
+    data: str | None,
+    split: str,
+    metric: str,
+    num_images: int,
+    num_steps: int,
+    seed: int,
+    out: Path | None,
+) -> int:
+    import torch
+
+    from .data import load_fashion_mnist, seeded_generator, to_model_range
+    from .elbo import bits_per_dim, mean_and_error
+
+    if metric != "bits-per-dim":
+        raise ValueError(f"--metric must be bits-per-dim, got {metric!r}")
+    _at_least(0, num_images=num_images, num_steps=num_steps, seed=seed)
+    if out is not None and (out.suffix != ".json" or not out.parent.is_dir()):
+        raise ValueError(f"--out must be a FILE.json in a folder that exists, got {out}")
+    model, diffusion, device = _load(checkpoint)
+    images = load_fashion_mnist(split, data).images
+    if num_images > len(images):
+        raise ValueError(f"--num-images must be at most {len(images)}, the size of the {split} split; got {num_images}")
+    generator = seeded_generator(seed)
+    chosen = torch.randperm(len(images), generator=generator)[: num_images or len(images)]
+    x_0 = to_model_range(images[chosen]).to(device)
+    result = bits_per_dim(model, diffusion, x_0, generator, num_steps=num_steps or None, progress=True)
+
+    middle = result.terms[:, 1:] @ result.weights[1:]
+    parts = {"total": result.total, "L_T": result.prior, "L_1_to_T-1": middle, "L_0": result.terms[:, 0]}
+    names = ("mean", "standard_error")
+    figures = {part: dict(zip(names, mean_and_error(bits), strict=True)) for part, bits in parts.items()}
+    print(f"bits/dim without labels, {len(x_0)} {split} images, {len(result.weights)} timesteps each:")
+    for name, figure in figures.items():
+        print(f"  {name:10s} {figure['mean']:8.4f} ± {figure['standard_error']:.4f}")
+    if out is not None:
+        report = {
+            "metric": metric, "split": split, "num_images": len(x_0), "num_steps": len(result.weights), "seed": seed,
+            "bits_per_dim": figures,
+        }  # fmt: skip
+        with _written_aside(out) as aside:
+            aside.write_text(json.dumps(report, indent=2) + "\n")
+    return 0
 
 
 if __name__ == "__main__":

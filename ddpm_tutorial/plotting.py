@@ -183,13 +183,21 @@ def draw_unet(model: UNet, image_size: int = 28) -> plt.Figure:
         box(i, -row, f"{['in', 'out'][i == last] if kind == 'convolution' else 'block'}\n{shapes[part]}", colors[kind])
         if i and rows[i - 1] == row:
             arrow((i - 0.52, -row), (i - 0.48, -row))
+        elif i and row > rows[i - 1]:
+            arrow((i - 1, -rows[i - 1] - 0.3), (i - 0.5, -row))
+            axis.text(i - 1.1, -row + 0.45, "" if row == levels else "half size", fontsize=8, ha="right", va="center")
         elif i:
-            arrow((i - 1, -rows[i - 1] - 0.3), (i - 0.5, -row)) if row > rows[i - 1] else arrow(
-                (i - 0.5, -rows[i - 1]), (i, -row - 0.3)
-            )
-    for i in range(len(down)):
-        y = -rows[1 + i] + 0.1 * (i % blocks)
-        arrow((1 + i + 0.48, y), (last - 1 - i - 0.48, y), "#888888", "--")
+            arrow((i - 0.5, -rows[i - 1]), (i, -row - 0.3))
+            axis.text(i + 0.1, -row - 0.55, "" if row == levels - 1 else "double size", fontsize=8, va="center")
+    for i in range(len(down)):  # the last block of a level has a straight line; the earlier ones pass above it
+        y, over = -rows[1 + i], blocks - 1 - i % blocks
+        left, right = 1 + i, last - 1 - i
+        if over:
+            y += 0.3 + 0.09 * over
+            axis.plot([left, left, right], [y - 0.09 * over, y, y], "--", color="#888888", linewidth=1)
+            arrow((right, y), (right, y - 0.09 * over - 0.02), "#888888")
+        else:
+            arrow((left + 0.48, y), (right - 0.48, y), "#888888", "--")
     for name, color in colors.items():
         axis.scatter([], [], marker="s", s=80, color=color, edgecolor="#444444", label=name)
     axis.plot([], [], "--", color="#888888", label="skip connection")

@@ -1,4 +1,4 @@
-"""The command line as its user runs it: in a process of its own."""
+"""The command line: killed, stopped and resumed in processes of their own; bad input within this one, for speed."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from PIL import Image
 
 from ddpm_tutorial import cli
 from ddpm_tutorial.cli import parse_label
-from ddpm_tutorial.training import STATE_FILE
+from ddpm_tutorial.training import STATE_FILE, TrainConfig
 from ddpm_tutorial.unet import UNet
 
 COMMAND = [sys.executable, "-m", "ddpm_tutorial"]
@@ -28,12 +29,21 @@ def run(*arguments, check=True):
     return done
 
 
-def fails(*arguments):
-    """The error line of a command that must exit with 2, print one line and no traceback."""
-    done = run(*arguments, check=False)
-    lines = [line for line in done.stderr.splitlines() if "error" in line]
-    assert done.returncode == 2 and len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
-    return lines[0]
+@pytest.fixture
+def fails(capsys):
+    """The error line of a command that must exit with 2 and print one line on the standard error, no traceback."""
+
+    def fails(*arguments):
+        capsys.readouterr()
+        try:
+            status = cli.main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            status = stop.code
+        lines = capsys.readouterr().err.splitlines()
+        assert status == 2 and len(lines) == 1 and "error: " in lines[0], lines
+        return lines[0]
+
+    return fails
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +65,13 @@ def test_help_names_every_option():
         assert option in text
 
 
+def test_bad_input_has_no_traceback_in_a_process_of_its_own(tmp_path):
+    done = run("train", "--data", tmp_path / "nowhere", "--out", tmp_path / "new", check=False)
+    assert done.returncode == 2 and "no such folder" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_help_agrees_with_the_config():
-    assert set(cli.CONFIG_HELP) == set(__import__("ddpm_tutorial.training", fromlist=["x"]).TrainConfig.__annotations__)
+    assert set(cli.CONFIG_HELP) == {field.name for field in fields(TrainConfig)}
 
 
 def test_killed_at_random_moments_and_resumed_gives_the_same_weights(trained, tmp_path):
@@ -103,7 +118,7 @@ def test_interrupt_leaves_a_checkpoint_that_goes_on(tmp_path, number, status):
     assert f"done: step {step + 1}" in again.stdout
 
 
-def test_bad_input_of_train(trained, tmp_path):
+def test_bad_input_of_train(trained, tmp_path, fails):
     out = ["--out", tmp_path / "new"]
     assert "no such folder" in fails("train", *out, "--data", tmp_path / "nowhere")
     assert "neither train-images-idx3-ubyte" in fails("train", *out, "--data", tmp_path)
@@ -122,7 +137,7 @@ def test_bad_input_of_train(trained, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_folder_that_cannot_be_written_to(tmp_path):
+def test_folder_that_cannot_be_written_to(tmp_path, fails):
     (tmp_path / "file").write_text("in the way")
     assert "file" in fails("train", "--out", tmp_path / "file" / "run", "--num-train-steps", 1, *SMALL)
 
@@ -148,7 +163,7 @@ def test_ddpm_sampler_takes_all_steps(trained, tmp_path):
     assert (tmp_path / "one.png").exists()
 
 
-def test_bad_input_of_sample(trained, tmp_path):
+def test_bad_input_of_sample(trained, tmp_path, fails):
     out = ["--checkpoint", trained, "--out", tmp_path / "x.png"]
     assert "unknown label 'hat'" in fails("sample", *out, "--labels", "hat")
     assert "unknown label '10'" in fails("sample", *out, "--labels", 10)
@@ -165,7 +180,28 @@ def test_bad_input_of_sample(trained, tmp_path):
     assert not (tmp_path / "x.png").exists()
 
 
-def test_damaged_checkpoint_of_sample(trained, tmp_path):
+def test_evaluate_gives_the_bound_as_json(trained, tmp_path, capsys):
+    arguments = ["evaluate", "--checkpoint", trained, "--data", "sample", "--num-images", 6, "--num-steps", 5]
+    assert cli.main([str(a) for a in [*arguments, "--out", tmp_path / "bits.json"]]) == 0
+    report = json.loads((tmp_path / "bits.json").read_text())
+    assert report["num_images"] == 6 and report["num_steps"] == 5 and report["split"] == "test"
+    parts = {name: figure["mean"] for name, figure in report["bits_per_dim"].items()}
+    assert parts["total"] == pytest.approx(parts["L_T"] + parts["L_1_to_T-1"] + parts["L_0"], rel=1e-5)
+    assert 1 < parts["total"] < 30 and report["bits_per_dim"]["total"]["standard_error"] > 0
+    assert f"{parts['total']:.4f}" in capsys.readouterr().out
+
+
+def test_bad_input_of_evaluate(trained, tmp_path, fails):
+    data = ["--checkpoint", trained, "--data", "sample"]
+    assert "must be bits-per-dim, got 'fid'" in fails("evaluate", *data, "--metric", "fid")
+    assert "at most 1000" in fails("evaluate", *data, "--num-images", 1001)
+    assert "1 … 1000" in fails("evaluate", *data, "--num-images", 1, "--num-steps", 1001)
+    assert "at least 0, got -1" in fails("evaluate", *data, "--num-steps", -1)
+    assert "'train' or 'test', got 'valid'" in fails("evaluate", *data, "--split", "valid")
+    assert "FILE.json" in fails("evaluate", *data, "--out", tmp_path / "x.txt")
+
+
+def test_damaged_checkpoint_of_sample(trained, tmp_path, fails):
     folder = tmp_path / "copy"
     folder.mkdir()
     for name in ("config.json", "model.safetensors", "diffusion.safetensors"):
@@ -177,7 +213,7 @@ def test_damaged_checkpoint_of_sample(trained, tmp_path):
         (folder / name).write_bytes(whole)
 
 
-def test_existing_picture_survives_a_failed_command(trained, tmp_path):
+def test_existing_picture_survives_a_failed_command(trained, tmp_path, fails):
     picture = tmp_path / "x.png"
     picture.write_bytes(b"mine")
     fails("sample", "--checkpoint", trained, "--out", picture, "--num-inference-steps", 2000)
