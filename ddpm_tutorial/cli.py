@@ -244,7 +244,7 @@ def run_sample(
 
     from .data import seeded_generator
     from .guidance import classifier_free
-    from .sampling import SAMPLERS, sample_images
+    from .sampling import SAMPLERS, ddim_timesteps, sample_images
 
     if out.suffix not in (".png", ".npz"):
         raise ValueError(f"--out must end in .png or .npz, got {out}")
@@ -258,10 +258,11 @@ def run_sample(
         raise ValueError(f"--sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
     if sampler == "ddpm" and num_inference_steps is not None:
         raise ValueError("--num-inference-steps belongs to ddim; ddpm always takes all T steps")
-    options = {"num_inference_steps": num_inference_steps or 50} if sampler == "ddim" else {}
-    if num_inference_steps is not None:
-        _at_least(1, num_inference_steps=num_inference_steps)
+    if num_inference_steps is None:
+        num_inference_steps = 50
+    options = {"num_inference_steps": num_inference_steps} if sampler == "ddim" else {}
     model, diffusion, device = _load(checkpoint)
+    ddim_timesteps(diffusion.num_timesteps, num_inference_steps)  # says what is wrong before a progress bar begins
     if model.num_classes is None and labels:
         raise ValueError("this checkpoint was trained without labels; leave --labels out")
     wanted = [parse_label(label) for label in labels] if labels else list(range(model.num_classes or 1))
@@ -351,8 +352,9 @@ def run_evaluate(
     x_0 = to_model_range(images[chosen]).to(device)
     result = bits_per_dim(model, diffusion, x_0, generator, num_steps=num_steps or None, progress=True)
 
-    middle = result.terms[:, 1:] @ result.weights[1:]
-    parts = {"total": result.total, "L_T": result.prior, "L_1_to_T-1": middle, "L_0": result.terms[:, 0]}
+    first = (result.terms * (result.timesteps == 1)) @ result.weights
+    middle = result.total - result.prior - first
+    parts = {"total": result.total, "L_T": result.prior, "L_1_to_T-1": middle, "L_0": first}
     names = ("mean", "standard_error")
     figures = {part: dict(zip(names, mean_and_error(bits), strict=True)) for part, bits in parts.items()}
     print(f"bits/dim without labels, {len(x_0)} {split} images, {len(result.weights)} timesteps each:")

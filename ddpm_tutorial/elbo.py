@@ -105,11 +105,19 @@ def vlb_term(
     p_θ has the mean μ̃_t(x_t, x̂_0), where x̂_0 is the model's (clipped to [−1, 1] if ``clip_denoised``), and the variance
     "beta", "posterior" (see ``reverse_variances``) or ``variance[t]`` of a table (T + 1,). Differentiable.
     """
-    return _term(model, diffusion, x_0, x_t, t, _variance_table(diffusion, variance), clip_denoised)[0]
+    return vlb_term_and_mse(model, diffusion, x_0, x_t, t, _variance_table(diffusion, variance), clip_denoised)[0]
 
 
-def _term(model, diffusion, x_0, x_t, t, variances: Tensor, clip_denoised: bool) -> tuple[Tensor, Tensor]:
-    """``vlb_term``, and the mean square of x̂_0 − x_0; (B,) each."""
+def vlb_term_and_mse(
+    model: Callable[[Tensor, Tensor], Tensor],
+    diffusion: GaussianDiffusion,
+    x_0: Tensor,
+    x_t: Tensor,
+    t: int | Tensor,
+    variances: Tensor,
+    clip_denoised: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """``vlb_term`` with a table of variances (T + 1,), and the mean square of x̂_0 − x_0, (B,) each."""
     if isinstance(t, int):
         t = torch.full(x_t.shape[:1], t, device=x_t.device)
     pred_x0 = diffusion.predict_x0(x_t, t, model(x_t, t))  # DDPM eq. 15
@@ -182,7 +190,9 @@ def bits_per_dim(
             for s in range(len(weights)):
                 t = timesteps[rows, s]
                 x_t = diffusion.q_sample(batch, t, randn_like(batch, generator))
-                terms[rows, s], x0_mse[rows, s] = _term(model, diffusion, batch, x_t, t, variances, clip_denoised)
+                terms[rows, s], x0_mse[rows, s] = vlb_term_and_mse(
+                    model, diffusion, batch, x_t, t, variances, clip_denoised
+                )
                 bar.update(len(rows))
     prior = prior_term(diffusion, x_0)
     weights = weights.to(terms)

@@ -82,7 +82,7 @@ def test_killed_at_random_moments_and_resumed_gives_the_same_weights(trained, tm
     while kills < 2:
         resume = ["--resume"] if (out / STATE_FILE).exists() else []
         process = subprocess.Popen([*COMMAND, *map(str, command), *resume], stderr=subprocess.DEVNULL)
-        deadline = time.time() + 60
+        deadline = time.time() + 300
         before = (out / STATE_FILE).stat().st_mtime_ns if resume else 0
         while process.poll() is None and time.time() < deadline:
             if (out / STATE_FILE).exists() and (out / STATE_FILE).stat().st_mtime_ns != before:
@@ -170,7 +170,7 @@ def test_bad_input_of_sample(trained, tmp_path, fails):
     assert "must be one of ddpm, ddim" in fails("sample", *out, "--sampler", "euler")
     assert "at least 1, got 0" in fails("sample", *out, "--num-images", 0)
     assert "1 … 1000" in fails("sample", *out, "--num-inference-steps", 1001)
-    assert "at least 1, got 0" in fails("sample", *out, "--num-inference-steps", 0)
+    assert "1 … 1000 (T), got 0" in fails("sample", *out, "--num-inference-steps", 0)
     assert "always takes all T" in fails("sample", *out, "--sampler", "ddpm", "--num-inference-steps", 5)
     assert "--seed must be" in fails("sample", *out, "--seed", -1)
     assert "guidance" in fails("sample", *out, "--guidance-scale", "nan")

@@ -168,9 +168,7 @@ def test_ddpm_steps_equal_diffusers(schedule, clip, variance, theirs):
     diffusion, model = GaussianDiffusion.from_schedule(schedule), RecordedNoise()
     shape, generator = (2, 1, 4, 4), seeded(4)
     torch.randn(shape, generator=generator)  # ours draws x_T first; theirs starts after it
-    ours = sample_ddpm(
-        model, diffusion, shape, clip_denoised=clip, variance=variance, generator=seeded(4)
-    )
+    ours = sample_ddpm(model, diffusion, shape, clip_denoised=clip, variance=variance, generator=seeded(4))
     scheduler = their_scheduler(DDPMScheduler, schedule, clip, variance_type=theirs)
     assert_same_steps(ours, model, scheduler, 1000, generator=generator)
 
@@ -288,9 +286,7 @@ def test_bad_eta_is_refused(eta):
 
 def test_unknown_variance_is_refused():
     with pytest.raises(ValueError, match="'posterior' or 'beta', got 'learned'"):
-        next(
-            sample_ddpm(RecordedNoise(), GaussianDiffusion.from_schedule("linear", 50), (1, 2), variance="learned")
-        )
+        next(sample_ddpm(RecordedNoise(), GaussianDiffusion.from_schedule("linear", 50), (1, 2), variance="learned"))
 
 
 def test_more_steps_than_T_are_refused():

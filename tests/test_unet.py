@@ -1,0 +1,412 @@
+"""The U-Net: each block, and the whole network, against a second forward pass written with loops and plain tensors;
+its start at zero; its inputs; its files; and the diagram drawn from it."""
+
+import json
+import math
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from ddpm_tutorial.plotting import draw_unet
+from ddpm_tutorial.unet import (
+    Downsample,
+    ResidualBlock,
+    SelfAttention,
+    UNet,
+    Upsample,
+    group_norm,
+    sinusoidal_embedding,
+)
+
+CONFIGS = {
+    "smallest": {"channels": 8},
+    "labels": {"channels": 8, "num_classes": 3, "patch_size": 2},
+    "colour, three levels": {"in_channels": 3, "channels": 16, "channel_mults": (1, 2, 3), "num_res_blocks": 2},
+    "attention everywhere": {"channels": 16, "attention_levels": (0, 1), "num_heads": 2, "num_res_blocks": 2},
+    "one level": {"channels": 48, "channel_mults": (1,), "attention_levels": (), "patch_size": 4},
+}
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def randomised(module, seed: int = 0):
+    """Every parameter random, so that no zero-initialised layer hides a mistake."""
+    generator = seeded(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return module.requires_grad_(False)
+
+
+def fresh(seed: int = 0, **options) -> UNet:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return UNet(**options)
+
+
+def inputs(model, size=(8, 8), batch=3):
+    x_t = torch.randn(batch, model.in_channels, *size, generator=seeded(1))
+    return x_t, torch.tensor([1, 40, 1000, 7, 500])[:batch]
+
+
+# ------------------------------------------------------------- a second forward pass, from names and formulas alone
+def plain_group_norm(x, weight, bias):
+    groups = max(g for g in (1, 2, 4, 8, 16, 32) if x.shape[1] % g == 0)
+    out = torch.empty_like(x)
+    for b in range(len(x)):
+        for channels in torch.arange(x.shape[1]).chunk(groups):
+            values = x[b, channels]
+            variance = ((values - values.mean()) ** 2).mean()
+            out[b, channels] = (values - values.mean()) / (variance + 1e-5).sqrt()
+    return out * weight[:, None, None] + bias[:, None, None]
+
+
+def silu(x):
+    return x / (1 + torch.exp(-x))
+
+
+def plain_block(w, x, emb):
+    h = silu(plain_group_norm(x, w["norm1.weight"], w["norm1.bias"]))
+    h = F.conv2d(h, w["conv1.weight"], w["conv1.bias"], 1, 1)
+    modulation = silu(emb) @ w["emb.weight"].T + w["emb.bias"]
+    scale, shift = modulation[:, : h.shape[1], None, None], modulation[:, h.shape[1] :, None, None]
+    h = silu(plain_group_norm(h, w["norm2.weight"], w["norm2.bias"]) * (1 + scale) + shift)
+    if "shortcut.weight" in w:
+        x = torch.einsum("bchw,oc->bohw", x, w["shortcut.weight"][:, :, 0, 0]) + w["shortcut.bias"][:, None, None]
+    return x + F.conv2d(h, w["conv2.weight"], w["conv2.bias"], 1, 1)
+
+
+def plain_attention(w, x, heads):
+    B, C, H, W = x.shape
+    d = C // heads
+    tokens = plain_group_norm(x, w["norm.weight"], w["norm.bias"]).reshape(B, C, H * W).transpose(1, 2)  # (B, N, C)
+    qkv = tokens @ w["to_qkv.weight"][:, :, 0, 0].T + w["to_qkv.bias"]
+    q, k, v = qkv[..., :C], qkv[..., C : 2 * C], qkv[..., 2 * C :]
+    out = torch.zeros_like(tokens)
+    for head in range(heads):
+        own = slice(head * d, (head + 1) * d)
+        logits = q[..., own] @ k[..., own].transpose(1, 2) / math.sqrt(d)
+        weights = logits.exp() / logits.exp().sum(-1, keepdim=True)
+        out[..., own] = weights @ v[..., own]
+    out = out @ w["to_out.weight"][:, :, 0, 0].T + w["to_out.bias"]
+    return x + out.transpose(1, 2).reshape(B, C, H, W)
+
+
+def plain_embedding(t, dim):
+    rows = []
+    for value in t.tolist():
+        angles = [value * 10_000 ** (-2 * i / dim) for i in range(dim // 2)]
+        rows.append([math.cos(a) for a in angles] + [math.sin(a) for a in angles])
+    return torch.tensor(rows)
+
+
+def plain_unet(state, options, x_t, t, labels=None):
+    """The whole network from its state dict, its options and the formulas of chapter 4."""
+    options = {
+        "channel_mults": (1, 2), "num_res_blocks": 1, "attention_levels": (1,), "num_heads": 4, "patch_size": 1,
+        "num_classes": None, **options,
+    }  # fmt: skip
+    p, heads, levels = options["patch_size"], options["num_heads"], len(options["channel_mults"])
+
+    def part(prefix):
+        return {name[len(prefix) + 1 :]: value for name, value in state.items() if name.startswith(prefix + ".")}
+
+    def conv(name, x, stride=1):
+        return F.conv2d(x, state[f"{name}.weight"], state[f"{name}.bias"], stride, 1)
+
+    def stage(name, x, attend):
+        x = plain_block(part(f"{name}.block"), x, emb)
+        return plain_attention(part(f"{name}.attention"), x, heads) if attend else x
+
+    w = part("time_mlp")
+    emb = silu(plain_embedding(t, options["channels"]) @ w["0.weight"].T + w["0.bias"]) @ w["2.weight"].T + w["2.bias"]
+    if options["num_classes"] is not None:
+        labels = [options["num_classes"]] * len(t) if labels is None else labels.tolist()
+        emb = emb + torch.stack([state["label_emb.weight"][label] for label in labels])
+
+    x = torch.cat([x_t[:, c : c + 1, i::p, j::p] for c in range(x_t.shape[1]) for i in range(p) for j in range(p)], 1)
+    x, skips = conv("conv_in", x), []
+    for level in range(levels):
+        for i in range(options["num_res_blocks"]):
+            x = stage(f"down.{level}.{i}", x, level in options["attention_levels"])
+            skips.append(x)
+        if level + 1 < levels:
+            x = conv(f"downsample.{level}", x, stride=2)
+    x = stage("middle.1", stage("middle.0", x, True), False)
+    for up in range(levels):
+        for i in range(options["num_res_blocks"]):
+            x = torch.cat([x, skips.pop()], 1)
+            x = stage(f"up.{up}.{i}", x, levels - 1 - up in options["attention_levels"])
+        if up + 1 < levels:
+            x = conv(f"upsample.{up}", x.repeat_interleave(2, 2).repeat_interleave(2, 3))
+    x = conv("conv_out", silu(plain_group_norm(x, state["norm_out.weight"], state["norm_out.bias"])))
+
+    out = torch.empty_like(x_t)
+    for n in range(x.shape[1]):
+        out[:, n // p**2, n // p % p :: p, n % p :: p] = x[:, n]
+    return out
+
+
+# ---------------------------------------------------------------------------------------------- the blocks
+@pytest.mark.parametrize("dim", [2, 8, 64])
+def test_sinusoidal_embedding_is_the_formula(dim):
+    t = torch.tensor([1, 2, 137, 1000])
+    assert_close(sinusoidal_embedding(t, dim), plain_embedding(t, dim), atol=2e-4, rtol=0)  # float32 at angle 1000
+
+
+def test_sinusoidal_embedding_likeness_depends_on_the_gap_alone():
+    e = sinusoidal_embedding(torch.arange(1, 1001), 64)
+    assert_close((e * e).sum(1), torch.full((1000,), 32.0))
+    assert_close((e[:-50] * e[50:]).sum(1), (e[0] @ e[50]).expand(950), atol=2e-3, rtol=0)
+
+
+def test_sinusoidal_embedding_follows_max_period():
+    e = sinusoidal_embedding(torch.tensor([3]), 4, max_period=100)
+    assert_close(e[0], torch.tensor([math.cos(3), math.cos(0.3), math.sin(3), math.sin(0.3)]))
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(8, 8), (24, 8), (48, 16), (64, 32), (96, 32)])
+def test_group_norm(channels, groups):
+    norm = randomised(group_norm(channels))
+    assert norm.num_groups == groups
+    x = torch.randn(2, channels, 5, 7, generator=seeded(2)) * 3 + 1
+    assert_close(norm(x), plain_group_norm(x, norm.weight, norm.bias), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("wide_in", "wide_out"), [(16, 16), (24, 16), (16, 48)])
+def test_residual_block_is_its_formula(wide_in, wide_out):
+    block = randomised(ResidualBlock(wide_in, wide_out, 12))
+    x, emb = torch.randn(2, wide_in, 5, 7, generator=seeded(3)), torch.randn(2, 12, generator=seeded(4))
+    assert_close(block(x, emb), plain_block(block.state_dict(), x, emb), atol=1e-4, rtol=1e-4)
+
+
+def test_residual_block_starts_as_its_shortcut():
+    x, emb = torch.randn(2, 16, 6, 6, generator=seeded(5)), torch.randn(2, 12, generator=seeded(6))
+    assert torch.equal(ResidualBlock(16, 16, 12)(x, emb), x)
+    block = ResidualBlock(16, 24, 12)
+    assert torch.equal(block(x, emb), block.shortcut(x))
+    assert block.shortcut.kernel_size == (1, 1)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_self_attention_is_its_formula(heads):
+    attention = randomised(SelfAttention(16, heads))
+    x = torch.randn(2, 16, 3, 5, generator=seeded(7))
+    assert_close(attention(x), plain_attention(attention.state_dict(), x, heads), atol=1e-4, rtol=1e-4)
+
+
+def test_self_attention_starts_as_the_identity():
+    x = torch.randn(2, 16, 4, 4, generator=seeded(8))
+    assert torch.equal(SelfAttention(16, 4)(x), x)
+
+
+def test_downsample_halves_and_upsample_doubles():
+    x = torch.randn(2, 8, 6, 10, generator=seeded(9))
+    down, up = randomised(Downsample(8, 12)), randomised(Upsample(8, 12))
+    assert down(x).shape == (2, 12, 3, 5)
+    assert_close(down(x), F.conv2d(x, down.weight, down.bias, padding=1)[:, :, ::2, ::2], atol=1e-5, rtol=1e-5)
+    enlarged = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    assert_close(up(x), F.conv2d(enlarged, up.weight, up.bias, padding=1), atol=1e-5, rtol=1e-5)
+
+
+def test_upsample_leaves_no_checkerboard():
+    flat = randomised(Upsample(8, 3))(torch.ones(1, 8, 6, 6))[:, :, 1:-1, 1:-1]
+    assert_close(flat, flat[:, :, :1, :1].expand_as(flat), atol=1e-5, rtol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------- the whole network
+@pytest.mark.parametrize("size", [(8, 8), (16, 24)])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_unet_is_the_second_forward_pass(name, size):
+    model = randomised(UNet(**CONFIGS[name]))
+    x_t, t = inputs(model, size)
+    out = model(x_t, t)
+    assert out.shape == x_t.shape
+    expected = plain_unet(model.state_dict(), CONFIGS[name], x_t, t)
+    assert_close(out, expected, atol=1e-3 * expected.std().item(), rtol=1e-3)
+    if model.num_classes is not None:
+        labels = torch.tensor([2, 0, 3])
+        expected = plain_unet(model.state_dict(), CONFIGS[name], x_t, t, labels)
+        assert_close(model(x_t, t, labels), expected, atol=1e-3 * expected.std().item(), rtol=1e-3)
+
+
+@pytest.mark.parametrize("patch_size", [1, 2, 4])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_output_has_the_shape_of_the_input(channels, patch_size):
+    model = UNet(in_channels=channels, channels=8, patch_size=patch_size)
+    for size in ((8, 8), (8, 24), (32, 16)):
+        x_t, t = inputs(model, size)
+        assert model(x_t, t).shape == x_t.shape
+    assert model(x_t[:0], t[:0]).shape == (0, *x_t.shape[1:])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_fresh_network_predicts_zero(name):
+    model = UNet(**CONFIGS[name])
+    assert not model(*inputs(model)).any()
+
+
+def test_output_depends_on_time_label_and_every_pixel():
+    model = randomised(UNet(channels=8, num_classes=3))
+    x_t, t = inputs(model)
+    out, labels = model(x_t, t), torch.tensor([0, 1, 2])
+    assert (model(x_t, t + 1) - out).abs().amax((1, 2, 3)).min() > 1e-3
+    assert (model(x_t, t, labels) - out).abs().amax((1, 2, 3)).min() > 1e-3
+    assert torch.equal(model(x_t, t, torch.full((3,), 3)), out)  # without labels, the null label
+    x = x_t.clone().requires_grad_()
+    model(x, t)[:, 0, 0, 0].sum().backward()
+    assert (x.grad != 0).all()
+
+
+def test_one_image_does_not_depend_on_the_others_of_its_batch():
+    model = randomised(UNet(channels=16, patch_size=2))
+    x_t, t = inputs(model)
+    assert_close(model(x_t, t)[:1], model(x_t[:1], t[:1]), atol=1e-4, rtol=1e-4)
+
+
+def test_gradient_wakes_from_the_outside_in():
+    """Step 1 reaches the last convolution alone, step 2 the shortcuts and each branch's zero layer, step 3 all."""
+    model = fresh(channels=24, num_classes=3, patch_size=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x_t, t = inputs(model, batch=5)
+    noise, labels, reached = torch.randn(x_t.shape, generator=seeded(10)), torch.tensor([0, 1, 2, 3, 0]), []
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.mse_loss(model(x_t, t, labels), noise).backward()
+        reached.append({n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0})
+        optimizer.step()
+    names = {name for name, _ in model.named_parameters()}
+    assert reached[0] == {"conv_out.weight", "conv_out.bias"}
+    assert {n for n in names if n.endswith(("conv2.weight", "to_out.weight"))} <= reached[1]
+    assert not any(n.endswith(("conv1.weight", "to_qkv.weight")) for n in reached[1])
+    assert reached[2] == names
+    assert (model.label_emb.weight.grad.abs().amax(1) > 0).all()  # every label given, and the null label
+
+
+def test_parameters_are_counted_by_hand():
+    def conv(a, b, k=3):
+        return k * k * a * b + b
+
+    def block(a, b, emb):
+        shortcut = 0 if a == b else conv(a, b, 1)
+        return 2 * a + conv(a, b) + (emb + 1) * 2 * b + 2 * b + conv(b, b) + shortcut
+
+    def attention(c):
+        return 2 * c + conv(c, 3 * c, 1) + conv(c, c, 1)
+
+    emb = 4 * 48
+    expected = (48 + 1) * emb + (emb + 1) * emb + 11 * emb + conv(4, 48)  # time, labels, in
+    expected += block(48, 48, emb) + conv(48, 96) + block(96, 96, emb) + attention(96)  # down
+    expected += 2 * block(96, 96, emb) + attention(96)  # middle
+    expected += block(192, 96, emb) + attention(96) + conv(96, 48) + block(96, 48, emb)  # up
+    expected += 2 * 48 + conv(48, 4)  # out
+    model = UNet(channels=48, patch_size=2, num_classes=10)
+    assert sum(p.numel() for p in model.parameters()) == expected
+
+
+def test_parameter_names_are_those_of_shipped_checkpoints():
+    """A renamed layer would make every published file unreadable."""
+    block = [f"{p}.{q}" for p in ("norm1", "conv1", "emb", "norm2", "conv2") for q in ("weight", "bias")]
+    attention = [f"attention.{p}.{q}" for p in ("norm", "to_qkv", "to_out") for q in ("weight", "bias")]
+    shortcut = ["block.shortcut.weight", "block.shortcut.bias"]
+    plain = [f"block.{name}" for name in block]
+    stages = {
+        "down.0.0": plain, "down.1.0": plain + attention, "middle.0": plain + attention, "middle.1": plain,
+        "up.0.0": plain + shortcut + attention, "up.1.0": plain + shortcut,
+    }  # fmt: skip
+    expected = {f"{stage}.{name}" for stage, names in stages.items() for name in names} | {"label_emb.weight"}
+    for layer in ("time_mlp.0", "time_mlp.2", "conv_in", "downsample.0", "upsample.0", "norm_out", "conv_out"):
+        expected |= {f"{layer}.weight", f"{layer}.bias"}
+    assert set(UNet(channels=8, num_classes=3).state_dict()) == expected
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+@pytest.mark.parametrize(
+    ("x_shape", "t_shape", "message"),
+    [
+        ((2, 3, 8, 8), (2,), r"x_t must be \(B, 1, H, W\), got \(2, 3, 8, 8\)"),
+        ((2, 8, 8), (2,), r"x_t must be \(B, 1, H, W\), got \(2, 8, 8\)"),
+        ((2, 1, 8, 10), (2,), "divisible by 4, got 8×10"),
+        ((2, 1, 6, 8), (2,), "divisible by 4, got 6×8"),
+        ((2, 1, 8, 8), (3,), r"t must be \(2,\).*got \(3,\)"),
+        ((2, 1, 8, 8), (), r"t must be \(2,\).*got \(\)"),
+        ((2, 1, 8, 8), (2, 1), r"t must be \(2,\).*got \(2, 1\)"),
+    ],
+)
+def test_wrong_shapes_are_refused(x_shape, t_shape, message):
+    with pytest.raises(ValueError, match=message):
+        UNet(channels=8, patch_size=2)(torch.zeros(x_shape), torch.ones(t_shape, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 4], r"labels must lie in 0 … 3 \(3 is the null label\), got 0 … 4"),
+        ([-1, 0], r"got -1 … 0"),
+        ([0], r"labels must be \(2,\), one an image; got \(1,\)"),
+    ],
+)
+def test_wrong_labels_are_refused(labels, message):
+    model = UNet(channels=8, num_classes=3)
+    with pytest.raises(ValueError, match=message):
+        model(torch.zeros(2, 1, 8, 8), torch.tensor([1, 2]), torch.tensor(labels))
+
+
+def test_labels_without_classes_are_refused():
+    with pytest.raises(ValueError, match="without num_classes"):
+        UNet(channels=8)(torch.zeros(2, 1, 8, 8), torch.tensor([1, 2]), torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize("options", [{"channels": 12}, {"channels": 8, "num_heads": 8}, {"channel_mults": (1, 0.3)}])
+def test_width_that_does_not_split_into_heads_is_refused(options):
+    with pytest.raises(ValueError, match="divisible by 2 · num_heads"):
+        UNet(**options)
+
+
+# ---------------------------------------------------------------------------------------------------- files
+@pytest.mark.parametrize("name", CONFIGS)
+def test_saved_and_loaded_network_is_the_same(name, tmp_path):
+    model = randomised(UNet(**CONFIGS[name]))
+    model.save_pretrained(tmp_path)
+    loaded = UNet.from_pretrained(tmp_path)
+    assert not loaded.training
+    x_t, t = inputs(model)
+    assert torch.equal(loaded(x_t, t), model(x_t, t))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["channels"] == CONFIGS[name]["channels"]
+    assert set(load_file(tmp_path / "model.safetensors")) == set(model.state_dict())
+
+
+def test_config_of_another_network_is_refused(tmp_path):
+    UNet(channels=8, num_classes=3).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_res_blocks": 2}))
+    with pytest.raises(ValueError, match="damaged or holds no U-Net of this package"):
+        UNet.from_pretrained(tmp_path)
+
+
+def test_shipped_weights_load_without_a_network():
+    model = UNet.from_pretrained()
+    assert model.num_classes == 10 and model.in_channels == 1
+    x_t, t = inputs(model, (28, 28))
+    assert torch.isfinite(model(x_t, t)).all()
+
+
+# --------------------------------------------------------------------------------------------- the diagram
+@pytest.mark.parametrize("name", CONFIGS)
+def test_diagram_shows_the_measured_shapes(name):
+    model = UNet(**CONFIGS[name])
+    figure = draw_unet(model, image_size=16)
+    texts = " ".join(text.get_text() for text in figure.axes[0].texts)
+    plt.close(figure)
+    side, widths = 16 // model.patch_size, [m * model.channels for m in CONFIGS[name].get("channel_mults", (1, 2))]
+    for level, width in enumerate(widths):
+        assert f"{width}×{side >> level}×{side >> level}" in texts
+    assert f"{model.in_channels}×16×16" in texts
+    assert not any(module._forward_hooks for module in model.modules())  # it takes its hooks away
