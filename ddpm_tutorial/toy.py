@@ -217,7 +217,7 @@ def train_points(
     diffusion: GaussianDiffusion,
     sample: Callable[[int, torch.Generator | None], Tensor],
     *,
-    num_train_steps: int = 2000,
+    num_train_steps: int = 1500,
     batch_size: int = 512,
     lr: float = 1e-2,
     weights: Tensor | None = None,
