@@ -92,7 +92,7 @@ def test_equation_numbers_are_unique(notebook):
 def test_has_exercises_with_solutions_a_quiz_and_further_reading(path, notebook):
     text = "\n".join(markdown(notebook))
     assert len(re.findall("<summary>.*[Ss]olution", text)) >= 2
-    assert "arxiv.org/abs/" in text and re.search(r"^## .*[Rr]ead next", text, re.M)
+    assert re.search(r"arxiv.org/abs/|arXiv:\d", text) and re.search(r"^## .*[Rr]ead next", text, re.M)
     chapter = path.stem[:2]
     assert any(f'show_quiz("{chapter}")' in cell.source for cell in code_cells(notebook))
     quiz = json.loads((ROOT / "ddpm_tutorial" / "quizzes" / f"{chapter}.json").read_text(encoding="utf-8"))
