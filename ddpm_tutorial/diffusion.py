@@ -213,7 +213,7 @@ class GaussianDiffusion(nn.Module):
 
     def snr(self) -> Tensor:
         """Signal-to-noise ratio ᾱ_t / (1 − ᾱ_t), (T + 1,); infinite at t = 0."""
-        return self.alphas_cumprod / (1 - self.alphas_cumprod)
+        return (self.sqrt_alphas_cumprod / self.sqrt_one_minus_alphas_cumprod) ** 2  # no 1 − ᾱ_t: it cancels in float32
 
     def mean_from_noise(self, x_t: Tensor, t: int | Tensor, noise: Tensor) -> Tensor:
         """μ̃_t(x_t, x_0) written with the noise: (x_t − β_t/√(1 − ᾱ_t) ε) / √α_t (DDPM eq. 11). Shapes (B, …)."""
