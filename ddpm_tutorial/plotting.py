@@ -1,6 +1,7 @@
 """Pictures for the notebooks: image grids, strips and animations. Nothing here computes a result."""
 
 import inspect
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -113,11 +114,19 @@ def animate_points(
     return animation
 
 
+BUTTONS = {
+    "minus": "−", "fast-backward": "⏮", "step-backward": "◂", "play fa-flip-horizontal": "◀", "pause": "❚❚",
+    "play": "▶", "step-forward": "▸", "fast-forward": "⏭", "plus": "+",
+}  # fmt: skip
+
+
 def play(animation: FuncAnimation):
-    """The animation with its controls, as HTML that needs no other file and no network."""
+    """The animation with its controls, as HTML that needs no other file and no network (matplotlib's own takes the
+    signs on its buttons from an icon font on the web; here they are characters)."""
     from IPython.display import HTML
 
-    return HTML(animation.to_jshtml(default_mode="once"))
+    html = re.sub(r"<link[^>]*font-awesome[^>]*>", "", animation.to_jshtml(default_mode="once"))
+    return HTML(re.sub(r'<i class="fa fa-([^"]*)"></i>', lambda icon: BUTTONS[icon.group(1)], html))
 
 
 def save_gif(animation: FuncAnimation, path: str | Path, fps: int = 10) -> None:

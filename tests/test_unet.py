@@ -27,6 +27,7 @@ CONFIGS = {
     "labels": {"channels": 8, "num_classes": 3, "patch_size": 2},
     "colour, three levels": {"in_channels": 3, "channels": 16, "channel_mults": (1, 2, 3), "num_res_blocks": 2},
     "attention everywhere": {"channels": 16, "attention_levels": (0, 1), "num_heads": 2, "num_res_blocks": 2},
+    "colour, folded": {"in_channels": 3, "channels": 8, "patch_size": 2},
     "one level": {"channels": 48, "channel_mults": (1,), "attention_levels": (), "patch_size": 4},
 }
 
