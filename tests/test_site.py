@@ -81,14 +81,16 @@ def test_page_reads_well(open_page, name):
     assert "$$" not in text and "\\tag" not in text and "\\frac" not in text
     assert "Traceback" not in text and "<details>" not in text
     assert page.locator("mjx-merror, .MathJax_Error").count() == 0
-    assert not page.script_errors
+    # sphinx-thebe, which Jupyter Book always loads, declares its constant twice on a page.
+    assert not [error for error in page.script_errors if "THEBE_JS_URL" not in error]
 
 
 @pytest.mark.parametrize("name", CHAPTERS)
 def test_formulas_are_set_without_a_network(open_page, name):
     page = open_page(name)
     assert page.locator("mjx-container").count() > 20
-    assert page.locator("mjx-container").first.bounding_box()["height"] > 5
+    heights = "() => Array.from(document.querySelectorAll('article mjx-container')).map(m => m.offsetHeight)"
+    assert sum(height > 5 for height in page.evaluate(heights)) > 20
 
 
 @pytest.mark.parametrize("name", PAGES)
