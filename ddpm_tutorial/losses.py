@@ -1,10 +1,12 @@
 """Losses on the predicted noise, and the weight of each timestep (chapters 3 and 5)."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .diffusion import GaussianDiffusion
 
+TARGETS = ("noise", "v")
 LOSSES = {"l2": F.mse_loss, "l1": F.l1_loss, "huber": F.smooth_l1_loss}
 
 
@@ -16,6 +18,41 @@ def noise_loss(pred_noise: Tensor, noise: Tensor, kind: str = "l2") -> Tensor:
         raise ValueError(f"unknown loss {kind!r}; the known ones are {', '.join(LOSSES)}")
     _same_shape(pred_noise, noise)
     return LOSSES[kind](pred_noise, noise)
+
+
+def target_loss(
+    pred_noise: Tensor, noise: Tensor, t: Tensor, diffusion: GaussianDiffusion, target: str = "noise", kind: str = "l2"
+) -> Tensor:
+    """``noise_loss`` of the noise ("noise"), or of v ("v"), whose error is v − v_θ = (ε − ε_θ) / √ᾱ_t: the same mistake
+    counts 1/ᾱ_t times as much under "l2". (B, …), (B, …), t (B,) in 1 … T; a scalar out.
+    """
+    _check_target(target)
+    if target == "v":
+        signal = diffusion.at(diffusion.sqrt_alphas_cumprod, t, noise)
+        pred_noise, noise = pred_noise / signal, noise / signal
+    return noise_loss(pred_noise, noise, kind)
+
+
+def timestep_probabilities(diffusion: GaussianDiffusion, target: str = "noise") -> Tensor:
+    """How often training draws each timestep, (T + 1,), float64; entry 0 is 0, the sum 1. For "noise" all alike (DDPM
+    algorithm 1). For "v" in proportion to the angle φ_t − φ_{t−1} by which x_t = cos φ_t · x_0 + sin φ_t · ε turns.
+    """
+    _check_target(target)
+    if target == "noise":
+        shares = torch.ones(diffusion.num_timesteps + 1, dtype=torch.float64)
+        shares[0] = 0
+    else:
+        tables = diffusion.sqrt_one_minus_alphas_cumprod, diffusion.sqrt_alphas_cumprod
+        angle = torch.atan2(*(table.cpu().double() for table in tables))
+        shares = angle.diff(prepend=angle[:1])
+    return shares / shares.sum()
+
+
+def draw_timesteps(probabilities: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
+    """``count`` timesteps drawn with these probabilities (T + 1,), one from each of ``count`` equal slices of their
+    distribution, so that every batch covers all noise levels. (count,) integers, rising, on the CPU."""
+    u = (torch.arange(count) + torch.rand(count, generator=generator)) / count
+    return torch.searchsorted(probabilities.cumsum(0), u.double(), right=True).clamp(1, len(probabilities) - 1)
 
 
 def weighted_noise_loss(pred_noise: Tensor, noise: Tensor, weight: Tensor) -> Tensor:
@@ -53,6 +90,11 @@ def min_snr_weights(diffusion: GaussianDiffusion, gamma: float = 5.0) -> Tensor:
         raise ValueError(f"gamma must be positive, got {gamma}")
     snr_inverse = (diffusion.sqrt_one_minus_alphas_cumprod / diffusion.sqrt_alphas_cumprod) ** 2
     return (gamma * snr_inverse).clamp(max=1)
+
+
+def _check_target(target: str) -> None:
+    if target not in TARGETS:
+        raise ValueError(f"unknown target {target!r}; the known ones are {', '.join(TARGETS)}")
 
 
 def _same_shape(pred_noise: Tensor, noise: Tensor) -> None:

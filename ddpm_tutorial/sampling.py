@@ -73,9 +73,8 @@ def sample_ddim(
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must lie in [0, 1], got {eta}")
-    timesteps = ddim_timesteps(diffusion.num_timesteps, num_inference_steps)
     x_t = _start(diffusion, shape, x_T, generator)
-    for t, t_next in zip(timesteps, [*timesteps[1:], 0], strict=True):
+    for t, t_next in _steps_down(diffusion, num_inference_steps):
         pred_x0 = _predict_x0(model, diffusion, x_t, t, clip_denoised)
         noise = diffusion.predict_noise(x_t, t, pred_x0)
         alpha_bar_t, alpha_bar_next = diffusion.alphas_cumprod[t], diffusion.alphas_cumprod[t_next]
@@ -84,6 +83,63 @@ def sample_ddim(
         x_t = alpha_bar_next.sqrt() * pred_x0 + (1 - alpha_bar_next - sigma**2).clamp(min=0).sqrt() * noise
         if eta > 0 and t_next > 0:
             x_t = x_t + sigma * randn_like(x_t, generator)
+        yield SampleStep(t_next, x_t, pred_x0)
+
+
+@torch.no_grad()
+def sample_heun(
+    model: Callable[[Tensor, Tensor], Tensor],
+    diffusion: GaussianDiffusion,
+    shape: Sequence[int],
+    *,
+    num_inference_steps: int = 25,
+    clip_denoised: bool = True,
+    x_T: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Iterator[SampleStep]:
+    """Heun's method, second order (Karras et al., 2022, arXiv:2206.00364, algorithm 1), on the ODE that DDIM walks:
+    d(x/√ᾱ) / dσ̄ = ε_θ with σ̄ = √(1 − ᾱ)/√ᾱ. Each step goes as DDIM does, looks at the noise there, and goes again
+    with the mean of both. Two evaluations a step, one in the last: 2 · num_inference_steps − 1.
+    """
+    x_t = _start(diffusion, shape, x_T, generator)
+    for t, t_next in _steps_down(diffusion, num_inference_steps):
+        pred_x0 = _predict_x0(model, diffusion, x_t, t, clip_denoised)
+        noise = diffusion.predict_noise(x_t, t, pred_x0)
+        arrived = diffusion.q_sample(pred_x0, t_next, noise)  # the DDIM step
+        if t_next > 0:
+            there = _predict_x0(model, diffusion, arrived, t_next, clip_denoised)
+            mean_noise = (noise + diffusion.predict_noise(arrived, t_next, there)) / 2
+            arrived = diffusion.q_sample(diffusion.predict_x0(x_t, t, mean_noise), t_next, mean_noise)
+        x_t = arrived
+        yield SampleStep(t_next, x_t, pred_x0)
+
+
+@torch.no_grad()
+def sample_dpmpp_2m(
+    model: Callable[[Tensor, Tensor], Tensor],
+    diffusion: GaussianDiffusion,
+    shape: Sequence[int],
+    *,
+    num_inference_steps: int = 20,
+    clip_denoised: bool = True,
+    x_T: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Iterator[SampleStep]:
+    """DPM-Solver++(2M) (Lu et al., 2022, arXiv:2211.01095, algorithm 2): second order with one evaluation a step.
+
+    In λ = log(√ᾱ/√(1 − ᾱ)) the ODE is linear but for x_0. A line through this step's and the last step's pred_x0
+    stands for it; the first step, and the last (where λ is infinite), take pred_x0 alone, as DDIM does.
+    """
+    log_snr = diffusion.snr().double().log() / 2  # λ_t; infinite at t = 0
+    x_t = _start(diffusion, shape, x_T, generator)
+    last_x0, last_h = None, None
+    for t, t_next in _steps_down(diffusion, num_inference_steps):
+        pred_x0 = _predict_x0(model, diffusion, x_t, t, clip_denoised)
+        h, aim = (log_snr[t_next] - log_snr[t]).item(), pred_x0
+        if last_x0 is not None and t_next > 0:
+            aim = pred_x0 + (pred_x0 - last_x0) * (h / (2 * last_h))
+        x_t = diffusion.q_sample(aim, t_next, diffusion.predict_noise(x_t, t, aim))
+        last_x0, last_h = pred_x0, h
         yield SampleStep(t_next, x_t, pred_x0)
 
 
@@ -101,7 +157,7 @@ def ddim_timesteps(num_timesteps: int, num_inference_steps: int) -> list[int]:
     return [round(num_timesteps * (1 - i / num_inference_steps)) for i in range(num_inference_steps)]
 
 
-SAMPLERS = {"ddpm": sample_ddpm, "ddim": sample_ddim}
+SAMPLERS = {"ddpm": sample_ddpm, "ddim": sample_ddim, "heun": sample_heun, "dpmpp-2m": sample_dpmpp_2m}
 
 
 def sample_images(steps: Iterator[SampleStep]) -> Tensor:
@@ -117,6 +173,11 @@ def _start(diffusion: GaussianDiffusion, shape: Sequence[int], x_T: Tensor | Non
     if tuple(x_T.shape) != tuple(shape):
         raise ValueError(f"x_T must have the shape asked for, {tuple(shape)}, got {tuple(x_T.shape)}")
     return x_T.to(device)
+
+
+def _steps_down(diffusion: GaussianDiffusion, num_inference_steps: int) -> Iterator[tuple[int, int]]:
+    timesteps = ddim_timesteps(diffusion.num_timesteps, num_inference_steps)
+    return zip(timesteps, [*timesteps[1:], 0], strict=True)
 
 
 def _predict_x0(model, diffusion: GaussianDiffusion, x_t: Tensor, t: int, clip_denoised: bool) -> Tensor:

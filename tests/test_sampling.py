@@ -4,11 +4,20 @@ import itertools
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler
 from torch.testing import assert_close
 
 from ddpm_tutorial.diffusion import GaussianDiffusion, beta_schedule
-from ddpm_tutorial.sampling import SAMPLERS, SampleStep, ddim_timesteps, sample_ddim, sample_ddpm, sample_images
+from ddpm_tutorial.sampling import (
+    SAMPLERS,
+    SampleStep,
+    ddim_timesteps,
+    sample_ddim,
+    sample_ddpm,
+    sample_dpmpp_2m,
+    sample_heun,
+    sample_images,
+)
 from ddpm_tutorial.toy import GaussianMixture
 
 MEAN, STD = torch.tensor([0.5, -1.0]), 0.4  # the Gaussian data of the exact tests
@@ -198,6 +207,73 @@ def test_ddim_with_eta_1_is_the_strided_ddpm_of_diffusers():
     assert_same_steps(ours, model, scheduler, 20, generator=generator)
 
 
+# ------------------------------------------------------------------------- second-order solvers of DDIM's ODE
+class Counted:
+    def __init__(self, model):
+        self.model, self.calls = model, 0
+
+    def __call__(self, x_t, t):
+        self.calls += 1
+        return self.model(x_t, t)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "quadratic"])
+@pytest.mark.parametrize("num_inference_steps", [1, 2, 10, 25])
+def test_heun_equals_diffusers(schedule, num_inference_steps):
+    diffusion = GaussianDiffusion.from_schedule(schedule)
+    model, x_T = Counted(gaussian_model(diffusion)), torch.randn(5, 2, generator=seeded())
+    options = {"num_inference_steps": num_inference_steps, "clip_denoised": False, "x_T": x_T}
+    ours = run(sample_heun(model, diffusion, (5, 2), **options))
+    assert model.calls == 2 * num_inference_steps - 1
+
+    theirs = HeunDiscreteScheduler(trained_betas=diffusion.betas[1:].numpy(), timestep_spacing="trailing")
+    theirs.set_timesteps(num_inference_steps)
+    x = x_T / diffusion.sqrt_alphas_cumprod[-1]  # they follow x / sqrt(alpha_bar)
+    for t in theirs.timesteps:
+        noise = model(theirs.scale_model_input(x, t), torch.full((5,), int(t) + 1))
+        x = theirs.step(noise, t, x).prev_sample
+    assert_close(ours, x, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "quadratic"])
+@pytest.mark.parametrize("num_inference_steps", [1, 2, 10, 25])
+def test_dpmpp_2m_equals_diffusers(schedule, num_inference_steps):
+    diffusion = GaussianDiffusion.from_schedule(schedule)
+    model, x_T = Counted(gaussian_model(diffusion)), torch.randn(5, 2, generator=seeded())
+    options = {"num_inference_steps": num_inference_steps, "clip_denoised": False, "x_T": x_T}
+    ours = run(sample_dpmpp_2m(model, diffusion, (5, 2), **options))
+    assert model.calls == num_inference_steps
+
+    theirs = DPMSolverMultistepScheduler(trained_betas=diffusion.betas[1:].numpy(), timestep_spacing="trailing")
+    theirs.set_timesteps(num_inference_steps)
+    x = x_T
+    for t in theirs.timesteps:
+        x = theirs.step(model(x, torch.full((5,), int(t) + 1)), t, x).prev_sample
+    assert_close(ours, x, atol=2e-3, rtol=1e-3)
+
+
+def test_ddim_is_of_first_order_and_both_solvers_of_second():
+    """On Gaussian data the ODE's path is known, x_t = √ᾱ MEAN + √(ᾱ STD² + 1 − ᾱ) · z. Compared at t = 200, half the
+    step leaves half the error, or a quarter."""
+    diffusion = GaussianDiffusion(beta_schedule("linear", 1000))
+    z = torch.randn(200, 2, generator=seeded())
+
+    def path(t):
+        a = diffusion.alphas_cumprod[t]
+        return a.sqrt() * MEAN + (a * STD**2 + 1 - a).sqrt() * z
+
+    def error(sampler, count):
+        model = gaussian_model(diffusion)
+        steps = sampler(
+            model, diffusion, (200, 2), num_inference_steps=count, clip_denoised=False, x_T=path(1000)
+        )
+        return next((step.x_t - path(200)).abs().mean().item() for step in steps if step.t == 200)
+
+    for sampler, order in ((sample_ddim, 1), (sample_heun, 2), (sample_dpmpp_2m, 2)):
+        rate = torch.tensor(error(sampler, 25) / error(sampler, 50)).log2().item()
+        assert abs(rate - order) < 0.35, (sampler.__name__, rate)
+
+
 # ------------------------------------------------------------------------------------------- timesteps
 @pytest.mark.parametrize("num_timesteps", [1, 2, 7, 100, 1000])
 def test_ddim_timesteps_start_at_T_and_strictly_fall(num_timesteps):
@@ -243,6 +319,7 @@ def test_x_T_replaces_the_first_noise(name):
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_samplers_are_lazy_and_keep_no_graph(name):
+    evaluations = 2 if name == "heun" else 1  # a step
     diffusion, weight = GaussianDiffusion.from_schedule("linear", 50), torch.ones(1, requires_grad=True)
     calls = []
 
@@ -253,18 +330,20 @@ def test_samplers_are_lazy_and_keep_no_graph(name):
     steps = SAMPLERS[name](model, diffusion, (2, 1, 4, 4), generator=seeded())
     assert calls == []
     for count, step in enumerate(steps, start=1):
-        assert len(calls) == count and not step.x_t.requires_grad and not step.pred_x0.requires_grad
+        assert len(calls) == evaluations * count and not step.x_t.requires_grad and not step.pred_x0.requires_grad
         assert torch.is_grad_enabled()  # the caller's code between steps is not under no_grad
         if count == 3:
             break
-    assert len(calls) == 3
+    assert len(calls) == evaluations * 3
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_clipping_keeps_pred_x0_in_range_and_the_last_step_is_pred_x0(name):
     diffusion = GaussianDiffusion.from_schedule("linear", 50)
     for clip in (True, False):
-        steps = list(SAMPLERS[name](RecordedNoise(), diffusion, (4, 2), clip_denoised=clip, generator=seeded()))
+        options = {} if name == "ddpm" else {"num_inference_steps": 50}
+        sampler, model = SAMPLERS[name], RecordedNoise()
+        steps = list(sampler(model, diffusion, (4, 2), clip_denoised=clip, generator=seeded(), **options))
         largest = max(step.pred_x0.abs().max().item() for step in steps)
         assert (largest <= 1) == clip
         assert_close(steps[-1].x_t, steps[-1].pred_x0)  # β̃_1 = 0, and x_0 has no noise left

@@ -1,0 +1,207 @@
+"""How good are samples? A small classifier looks at them, and torchmetrics compares what it sees (chapter 8).
+
+``Classifier`` plays the part that Inception-v3 plays for photographs: its features and its class probabilities are
+what the Fréchet distance, the kernel distance, the Inception Score, precision and recall are computed from.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.inception import InceptionScore
+from torchmetrics.image.kid import KernelInceptionDistance
+
+from .data import batch_indices, seeded_generator, to_model_range
+from .diffusion import SHIPPED_WEIGHTS
+
+SHIPPED_CLASSIFIER = SHIPPED_WEIGHTS / "classifier"
+
+
+class Classifier(nn.Module, PyTorchModelHubMixin, library_name="ddpm-tutorial", license="mit"):
+    """Images (B, in_channels, H, W) in [−1, 1] → logits (B, num_classes). ``features`` gives what the last layer sees,
+    (B, num_features): the mean over positions of the last convolution's output. Made for 28×28.
+    """
+
+    def __init__(self, in_channels: int = 1, num_classes: int = 10, num_features: int = 96):
+        super().__init__()
+        self.in_channels, self.num_classes, self.num_features = in_channels, num_classes, num_features
+
+        def conv(inputs: int, outputs: int) -> list[nn.Module]:
+            return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+
+        self.body = nn.Sequential(
+            *conv(in_channels, 32), nn.MaxPool2d(2),
+            *conv(32, 64), nn.MaxPool2d(2),
+            *conv(64, num_features), *conv(num_features, num_features),
+        )  # fmt: skip
+        self.head = nn.Linear(num_features, num_classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.body(x).mean(dim=(2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.dropout(self.features(x), 0.2, self.training))
+
+    @classmethod
+    def from_pretrained(cls, folder_or_hub_name: str | Path = SHIPPED_CLASSIFIER, **options) -> "Classifier":
+        """The classifier saved in a folder or on the hub (default: the shipped one), in evaluation mode."""
+        return super().from_pretrained(str(folder_or_hub_name), strict=True, **options)
+
+
+def train_classifier(
+    model: Classifier,
+    images: Tensor,
+    labels: Tensor,
+    num_epochs: int = 8,
+    batch_size: int = 128,
+    lr: float = 5e-3,
+    seed: int = 0,
+) -> Iterator[tuple[int, Tensor]]:
+    """Train on uint8 ``images`` (N, C, H, W) and ``labels`` (N,), half of the images mirrored. Yields (step, loss).
+
+    AdamW, the learning rate in one cycle. The model is in evaluation mode at the end. Flips are right here, where a
+    mirrored shoe is still a shoe, though they would be wrong for the generative model.
+    """
+    device = next(model.parameters()).device
+    num_steps = num_epochs * (len(images) // batch_size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=num_steps)
+    generator, batches = seeded_generator(seed, 1), batch_indices(len(images), batch_size, seed)
+    model.train().to(memory_format=torch.channels_last)
+    for step in range(1, num_steps + 1):
+        index = next(batches)
+        x = to_model_range(images[index])
+        flip = torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5
+        x = torch.where(flip, x.flip(-1), x).to(device, memory_format=torch.channels_last)
+        loss = F.cross_entropy(model(x), labels[index].to(device))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        yield step, loss.detach()
+    model.eval()
+
+
+class Seen(NamedTuple):
+    """What a classifier sees in N images: ``features`` (N, D) and ``logits`` (N, K), on the CPU."""
+
+    features: Tensor
+    logits: Tensor
+
+
+@torch.no_grad()
+def look(images: Tensor, classifier: Classifier | None = None, batch_size: int = 500) -> Seen:
+    """Features and logits of uint8 images (N, C, H, W), by the shipped classifier unless another is given."""
+    classifier = Classifier.from_pretrained() if classifier is None else classifier
+    if images.ndim != 4 or images.shape[1] != classifier.in_channels:
+        raise ValueError(f"images must be uint8 (N, {classifier.in_channels}, H, W), got {tuple(images.shape)}")
+    device, parts = next(classifier.parameters()).device, []
+    for batch in images.split(batch_size):
+        features = classifier.features(to_model_range(batch).to(device, memory_format=torch.channels_last))
+        parts.append((features.cpu(), classifier.head(features).cpu()))
+    return Seen(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+class _Given(nn.Identity):
+    """Hands torchmetrics the features as they are, so that each image goes through the classifier once."""
+
+    def __init__(self, num_features: int):
+        super().__init__()
+        self.num_features = num_features
+
+
+def frechet_distance(real: Tensor, generated: Tensor) -> float:
+    """Fréchet distance of the Gaussians fitted to two sets of features (N, D) and (M, D), each with more than D rows:
+    ‖μ − m‖² + tr(C + S − 2 (CS)^½) (Heusel et al., 2017, arXiv:1706.08500, eq. 6). Biased upwards by about 1/N.
+    """
+    _check_features(real, generated, least=real.shape[1] + 1)
+    metric = FrechetInceptionDistance(feature=_Given(real.shape[1]))
+    metric.update(real.double(), real=True)
+    metric.update(generated.double(), real=False)
+    return metric.compute().item()
+
+
+def kernel_distance(real: Tensor, generated: Tensor, num_subsets: int = 100, seed: int = 0) -> tuple[float, float]:
+    """Kernel distance (KID: squared MMD, cubic kernel; Bińkowski et al., 2018, arXiv:1801.01401), unbiased for any
+    number of images: its mean and standard deviation over random subsets of up to 1,000 features of (N, D), (M, D).
+    """
+    _check_features(real, generated, least=2)
+    size = min(1000, len(real), len(generated))
+    with _seeded_and_quiet(seed):
+        metric = KernelInceptionDistance(feature=_Given(real.shape[1]), subsets=num_subsets, subset_size=size)
+        metric.update(real, real=True)
+        metric.update(generated, real=False)
+        mean, deviation = metric.compute()
+    return mean.item(), deviation.item()
+
+
+def inception_score(logits: Tensor) -> float:
+    """exp E KL(p(y | x) ‖ p(y)) of logits (N, K) (Salimans et al., 2016, arXiv:1606.03498): from 1 (every image says
+    the same) to K (each image certain, the classes equally frequent). One split: all images together."""
+    with _seeded_and_quiet(0):  # it shuffles, which matters for several splits only
+        metric = InceptionScore(feature=_Given(logits.shape[1]), splits=1)
+        metric.update(logits.double())
+        return metric.compute()[0].item()
+
+
+def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[float, float]:
+    """Precision: the share of generated features (M, D) that fall inside the real ones' region; recall: the share of
+    real features (N, D) inside the generated ones'. A set's region is the union of balls around its points, each
+    reaching to its k-th nearest neighbour in the set (Kynkäänniemi et al., 2019, arXiv:1904.06991, eqs. 1, 2).
+    Use N = M: a ball shrinks as its set grows.
+    """
+    _check_features(real, generated, least=k + 1)
+
+    def inside(points: Tensor, centres: Tensor) -> float:
+        radii = torch.cat([torch.cdist(part, centres).kthvalue(k + 1).values for part in centres.split(1000)])
+        within = [(torch.cdist(part, centres) <= radii).any(1) for part in points.split(1000)]
+        return torch.cat(within).double().mean().item()
+
+    return inside(generated, real), inside(real, generated)
+
+
+def label_agreement(logits: Tensor, labels: Tensor) -> float:
+    """The share of images that the classifier gives the label they were made for. logits (N, K), labels (N,)."""
+    return (logits.argmax(1) == labels).double().mean().item()
+
+
+def nearest_neighbours(queries: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+    """For each of the uint8 ``queries`` (Q, C, H, W) its nearest among ``images`` (N, C, H, W) in pixels: root mean
+    square differences in grey levels (Q,), and indices (Q,)."""
+    if queries.shape[1:] != images.shape[1:]:
+        raise ValueError(
+            f"queries and images must have one shape, got {tuple(queries.shape[1:])} and {tuple(images.shape[1:])}"
+        )
+    flat, found = queries.flatten(1).float(), []
+    for part in images.split(10_000):
+        found.append(torch.cdist(flat, part.flatten(1).float()).min(1))
+    distances = torch.stack([part.values for part in found])  # (parts, Q)
+    best, which = distances.min(0)
+    indices = torch.stack([part.indices + 10_000 * i for i, part in enumerate(found)]).gather(0, which[None])[0]
+    return best / flat.shape[1] ** 0.5, indices
+
+
+def _check_features(real: Tensor, generated: Tensor, least: int) -> None:
+    if real.ndim != 2 or generated.ndim != 2 or real.shape[1] != generated.shape[1]:
+        raise ValueError(f"features must be (N, D) and (M, D), got {tuple(real.shape)} and {tuple(generated.shape)}")
+    if min(len(real), len(generated)) < least:
+        raise ValueError(f"at least {least} images are needed on each side, got {len(real)} and {len(generated)}")
+    if not (real.isfinite().all() and generated.isfinite().all()):
+        raise ValueError("features must be finite numbers")
+
+
+@contextlib.contextmanager
+def _seeded_and_quiet(seed: int):
+    """torchmetrics draws from the global generator: lend it one that is seeded, then give it back. It also warns that
+    it keeps all features, and of a deviation over one split: both are meant."""
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        torch.manual_seed(seed)
+        yield
