@@ -1,0 +1,160 @@
+"""Sample metrics against closed forms and second implementations, and the shipped classifier."""
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from torch.testing import assert_close
+
+from ddpm_tutorial.data import load_fashion_mnist, to_model_range
+from ddpm_tutorial.metrics import (
+    Classifier,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    label_agreement,
+    look,
+    nearest_neighbours,
+    precision_recall,
+    train_classifier,
+)
+
+
+def features(count, seed, dim=8, scale=1.0, shift=0.0):
+    return torch.randn(count, dim, generator=torch.Generator().manual_seed(seed)) * scale + shift
+
+
+# ------------------------------------------------------------------------------------- Fréchet distance
+def test_frechet_distance_is_the_formula_with_a_matrix_square_root():
+    real, generated = features(500, 1), features(300, 2, scale=1.5, shift=0.3) @ features(8, 3)
+    a, b = real.double().numpy(), generated.double().numpy()
+    c, s = np.cov(a.T), np.cov(b.T)
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(c + s - 2 * scipy.linalg.sqrtm(c @ s).real)
+    assert frechet_distance(real, generated) == pytest.approx(expected, rel=1e-6)
+    assert frechet_distance(generated, real) == pytest.approx(expected, rel=1e-6)  # a distance is symmetric
+
+
+def test_frechet_distance_of_a_shift_is_its_squared_length_and_of_a_scale_known():
+    real = features(400, 1)
+    shift = torch.arange(8.0) / 4
+    assert frechet_distance(real, real + shift) == pytest.approx(shift.square().sum().item(), rel=1e-5)
+    centred = real - real.mean(0)
+    trace = centred.double().T.cov().trace().item()
+    assert frechet_distance(centred, 3 * centred) == pytest.approx((3 - 1) ** 2 * trace, rel=1e-5)
+    assert abs(frechet_distance(real, real)) < 1e-6
+
+
+# -------------------------------------------------------------------------------------- kernel distance
+def test_kernel_distance_is_the_unbiased_mmd_of_a_cubic_kernel():
+    real, generated = features(60, 1), features(60, 2, shift=0.5)  # fewer than 1,000: every subset is the whole set
+
+    def kernel(a, b):
+        return (a.double() @ b.double().T / 8 + 1) ** 3
+
+    def off_diagonal_mean(k):
+        return (k.sum() - k.trace()) / (60 * 59)
+
+    expected = off_diagonal_mean(kernel(real, real)) + off_diagonal_mean(kernel(generated, generated))
+    expected -= 2 * kernel(real, generated).mean()
+    mean, deviation = kernel_distance(real, generated, num_subsets=3)
+    assert mean == pytest.approx(expected.item(), rel=1e-4) and deviation < 1e-4 * mean
+
+
+def test_kernel_distance_leaves_the_global_generator_alone_and_repeats():
+    real, generated = features(1500, 1), features(1500, 2)
+    torch.manual_seed(5)
+    state = torch.random.get_rng_state()
+    first = kernel_distance(real, generated, num_subsets=5, seed=1)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert kernel_distance(real, generated, num_subsets=5, seed=1) == first
+    assert kernel_distance(real, generated, num_subsets=5, seed=2) != first
+    assert abs(first[0]) < 4 * first[1]  # one distribution: zero within its own spread
+
+
+# ------------------------------------------------------------------------------------- Inception Score
+def test_inception_score_from_one_to_the_number_of_classes():
+    assert inception_score(torch.zeros(50, 10)) == pytest.approx(1)
+    sure = 50 * torch.eye(10).repeat(5, 1)
+    assert inception_score(sure) == pytest.approx(10, rel=1e-6)
+    assert inception_score(sure[:1].repeat(20, 1)) == pytest.approx(1)  # sure, but always of the same class
+
+
+def test_inception_score_is_its_formula():
+    p = features(200, 1, dim=10, scale=2.0).double().softmax(1)
+    expected = (p * (p / p.mean(0)).log()).sum(1).mean().exp().item()
+    assert inception_score(p.log()) == pytest.approx(expected, rel=1e-6)
+
+
+# ----------------------------------------------------------------------------------- precision and recall
+def test_precision_and_recall_see_what_is_missing():
+    near, far = features(200, 1, dim=2), features(200, 2, dim=2, shift=50.0)
+    real = torch.cat([near, far])
+    assert precision_recall(real, real.clone()) == (1.0, 1.0)
+    assert precision_recall(near, far) == (0.0, 0.0)
+    precision, recall = precision_recall(real, near + 1e-4)  # one of two modes: all of it good, half missing
+    assert precision == 1.0 and recall == pytest.approx(0.5, abs=0.01)
+    precision, recall = precision_recall(near, torch.cat([near + 1e-4, far]))  # all there, half of it wrong
+    assert precision == pytest.approx(0.5) and recall == 1.0
+
+
+def test_precision_counts_points_inside_a_ball_by_hand():
+    real = torch.tensor([[0.0], [1.0], [3.0], [7.0]])  # with k = 1 the radii are 1, 1, 2, 4
+    generated = torch.tensor([[-0.9], [-1.1], [5.5], [11.5], [2.5]])
+    precision, _ = precision_recall(real, generated, k=1)
+    assert precision == pytest.approx(3 / 5)  # −0.9 by 0's ball, 5.5 by 7's, 2.5 by 3's
+
+
+# --------------------------------------------------------------------- labels, neighbours, wrong inputs
+def test_label_agreement():
+    logits = torch.eye(4)
+    assert label_agreement(logits, torch.tensor([0, 1, 2, 0])) == 0.75
+
+
+def test_nearest_neighbours_find_planted_copies_beyond_the_first_chunk():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (12_000, 1, 4, 4), dtype=torch.uint8, generator=generator)
+    distances, indices = nearest_neighbours(images[[11_500, 3]] ^ 1, images)  # each grey level changed by one
+    assert indices.tolist() == [11_500, 3]
+    assert_close(distances, torch.ones(2), atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: frechet_distance(features(8, 1), features(50, 2)), "at least 9 images are needed .* got 8 and 50"),
+        (lambda: frechet_distance(features(50, 1), features(50, 2, dim=5)), r"got \(50, 8\) and \(50, 5\)"),
+        (lambda: frechet_distance(features(50, 1), features(50, 2) / 0), "finite"),
+        (lambda: precision_recall(features(3, 1), features(50, 2)), "at least 4 images"),
+        (lambda: nearest_neighbours(torch.zeros(1, 1, 4, 4), torch.zeros(2, 3, 4, 4)), "one shape"),
+        (lambda: look(torch.zeros(2, 3, 28, 28, dtype=torch.uint8), Classifier()), r"\(N, 1, H, W\), got \(2, 3"),
+        (lambda: look(torch.zeros(2, 1, 28, 28), Classifier()), "uint8"),
+    ],
+)
+def test_wrong_inputs_say_what_was_given(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+# ------------------------------------------------------------------------------------------ the classifier
+def test_a_short_training_learns_and_repeats():
+    data = load_fashion_mnist("train", source="sample")
+
+    def run():
+        torch.manual_seed(0)
+        model = Classifier(num_features=16)
+        losses = [loss for _, loss in train_classifier(model, data.images[:1280], data.labels[:1280], num_epochs=3)]
+        return model, torch.stack(losses)
+
+    model, losses = run()
+    assert len(losses) == 30 and losses[-5:].mean() < 0.8 * losses[:5].mean()
+    assert not model.training
+    assert_close(run()[1], losses)
+
+
+def test_look_gives_the_features_under_the_logits_in_batches():
+    torch.manual_seed(0)
+    model, images = Classifier().eval(), load_fashion_mnist("test", source="sample").images[:7]
+    seen = look(images, model, batch_size=3)
+    assert seen.features.shape == (7, 96) and seen.logits.shape == (7, 10)
+    assert_close(seen.logits, model(to_model_range(images)))
+    assert_close(seen.logits, model.head(seen.features))
