@@ -203,14 +203,14 @@ def timestep_strata(num_timesteps: int, num_steps: int) -> Tensor:
     """1 = e_0 < e_1 < … < e_S = T + 1: the run s of timesteps is e_s … e_{s+1} − 1. Returns (S + 1,) integers.
 
     The first runs are single timesteps, because the terms at small t are large and change fast; later ones grow in
-    proportion to t. With S = T every run is one timestep.
+    proportion to t. With S = T every run is one timestep; from S = 2 on t = 1 is a run of its own (L_0).
     """
     if isinstance(num_steps, bool) or not isinstance(num_steps, int) or not 1 <= num_steps <= num_timesteps:
         raise ValueError(f"num_steps must be an integer in 1 … {num_timesteps} (T), got {num_steps!r}")
     edges = [1]
     for left in range(num_steps, 0, -1):  # a geometric progression from here to the end, in whole steps of at least 1
         here, end = edges[-1], num_timesteps + 1
-        step = round(here * ((end / here) ** (1 / left) - 1))
+        step = round(here * ((end / here) ** (1 / left) - 1)) if here > 1 or num_steps == 1 else 1
         edges.append(here + min(max(1, step), end - here - (left - 1)))
     return torch.tensor(edges)
 

@@ -172,6 +172,45 @@ def label_agreement(logits: Tensor, labels: Tensor) -> float:
     return (logits.argmax(1) == labels).double().mean().item()
 
 
+def compare(
+    generated: Seen, labels: Tensor, reference: Seen, real: Seen, real_labels: Tensor, seed: int = 0
+) -> dict[str, dict[str, float] | float]:
+    """Every figure of ``generated`` images made for ``labels``, and the same of as many of the ``real`` held-out ones,
+    chosen at random: {"generated": {name: figure}, "real": {name: figure}, "frechet_ratio": one over the other}.
+
+    Distances are to ``reference`` (training images). Precision and recall are taken against the chosen real images;
+    for those, against as many of the reference. ValueError where there are fewer real images than generated ones.
+    """
+    count = len(generated.features)
+    if min(len(real.features), len(reference.features)) < count:
+        raise ValueError(
+            f"{count} samples need as many real images beside them; there are {len(real.features)} held-out ones "
+            f"and {len(reference.features)} for reference"
+        )
+    generator = seeded_generator(seed)
+    held_out = torch.randperm(len(real.features), generator=generator)[:count]
+    others = torch.randperm(len(reference.features), generator=generator)[:count]
+    beside = real.features[held_out]
+
+    def figures(features: Tensor, logits: Tensor, labels: Tensor, against: Tensor) -> dict[str, float]:
+        kernel = kernel_distance(reference.features, features, seed=seed)
+        precision, recall = precision_recall(against, features)
+        return {
+            "frechet_distance": frechet_distance(reference.features, features),
+            "kernel_distance": kernel[0],
+            "kernel_distance_deviation": kernel[1],
+            "inception_score": inception_score(logits),
+            "precision": precision,
+            "recall": recall,
+            "label_agreement": label_agreement(logits, labels),
+        }
+
+    made = figures(generated.features, generated.logits, labels, beside)
+    floor = figures(beside, real.logits[held_out], real_labels[held_out], reference.features[others])
+    ratio = made["frechet_distance"] / floor["frechet_distance"]
+    return {"generated": made, "real": floor, "frechet_ratio": ratio}
+
+
 def nearest_neighbours(queries: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
     """For each of the uint8 ``queries`` (Q, C, H, W) its nearest among ``images`` (N, C, H, W) in pixels: root mean
     square differences in grey levels (Q,), and indices (Q,)."""

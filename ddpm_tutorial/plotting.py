@@ -1,6 +1,7 @@
 """Pictures for the notebooks: image grids, strips and animations. Nothing here computes a result."""
 
 import inspect
+import operator
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -9,11 +10,15 @@ import matplotlib.pyplot as plt
 import torch
 from einops import rearrange
 from matplotlib.animation import FuncAnimation, PillowWriter
-from torch import Tensor
+from matplotlib.patches import FancyArrowPatch
+from matplotlib.path import Path as Line
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
+from torch.nn.modules.module import register_module_forward_hook
 from torchvision.utils import make_grid
 
 from .data import to_uint8
-from .unet import UNet
+from .unet import UNet, sinusoidal_embedding
 
 
 def _displayable(images: Tensor) -> Tensor:
@@ -39,10 +44,7 @@ def show_images(
     images = _displayable(images)
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
-    extra = 0.25 if titles is not None and len(titles) > columns else 0
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(size * columns, (size + extra) * rows), squeeze=False, layout="constrained"
-    )
+    figure, axes = plt.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
@@ -52,6 +54,22 @@ def show_images(
         axis.set_title(title, fontsize=9)
     for axis, label in zip(axes[:, 0], row_labels or (), strict=False):
         axis.set_ylabel(label, fontsize=9, rotation=0, ha="right", va="center")
+
+    def inches(texts: list[plt.Text], side: str) -> float:
+        return max((getattr(t.get_window_extent(), side) / figure.dpi + 0.1 for t in texts if t.get_text()), default=0)
+
+    # Texts are measured and each image gets its place in inches: a layout engine would shrink images to fit labels.
+    labels, headings = [axis.yaxis.label for axis in axes[:, 0]], [axis.title for axis in axes.flat]
+    height, gap = size * images.shape[2] / images.shape[3], 0.06
+    left, top = inches(labels, "width"), inches(headings, "height")
+    above = top if titles is not None and len(titles) > columns else 0  # of the rows after the first
+    across = max(size, inches(headings, "width")) + gap
+    down = max(height + above + gap, inches(labels, "height"))
+    width, total = left + columns * across, top - above + rows * down
+    figure.set_size_inches(width, total)
+    for i, axis in enumerate(axes.flat):
+        x, y = left + i % columns * across, total - top - i // columns * down - height
+        axis.set_position((x / width, y / total, size / width, height / total))
     return figure
 
 
@@ -141,24 +159,99 @@ def show_source(function) -> None:
     display(Code(inspect.getsource(function), language="python"))
 
 
+def _operation(node: fx.Node, layer: nn.Module | None) -> str:
+    """What a node of a traced graph does, in words."""
+    name = getattr(node.target, "__name__", str(node.target))
+    if isinstance(layer, nn.Conv2d) or name == "conv2d":
+        weight, stride = (layer.weight, layer.stride) if layer else (node.args[1].meta["tensor_meta"], node.args[3])
+        return "×".join(map(str, weight.shape[2:])) + " convolution" + (", stride 2" if 2 in stride else "")
+    constants = [str(argument) for argument in node.args if isinstance(argument, (int, float))]
+    symbols = {"add": " ".join([*constants, "+"]), "mul": "×"}
+    return type(layer).__name__ if layer else symbols.get(name, name.replace("_", " "))
+
+
+def draw_block(block: nn.Module, *inputs: Tensor, axis: plt.Axes | None = None) -> plt.Figure:
+    """A module, or one of its methods, as a diagram of what it does with these ``inputs``.
+
+    ``torch.fx`` traces the module and runs it. Each box is an operation and the shape that it puts out, blue where it
+    has learnt weights. The longest path is the middle column; shortcuts and the embedding go beside it.
+    """
+    root = getattr(block, "__self__", block)
+    tracer = fx.Tracer(autowrap_functions=(rearrange, sinusoidal_embedding))
+    tracer.traced_func_name = "forward" if root is block else block.__name__
+    root = nn.Sequential(root) if tracer.is_leaf_module(root, "") else root
+    graph = fx.GraphModule(root, tracer.trace(root))
+    with torch.no_grad():
+        ShapeProp(graph).propagate(*inputs)
+
+    def origins(node: fx.Node) -> list[fx.Node]:
+        """The boxes a value comes from: picking and splitting get no box, weights and sizes are no values."""
+        if "tensor_meta" not in node.meta or node.op == "get_attr":
+            return []
+        hidden = node.op == "output" or node.target in (operator.getitem, "chunk")
+        return [o for source in node.all_input_nodes for o in origins(source)] if hidden else [node]
+
+    boxes = [node for node in graph.graph.nodes if origins(node) == [node]]
+    sources = {n: list(dict.fromkeys(o for source in n.all_input_nodes for o in origins(source))) for n in boxes}
+    users = {n: [user for user in boxes if n in sources[user]] for n in boxes}
+    row, column, node = {}, {}, boxes[0]
+    for n in reversed(boxes):  # rows count from the output up, so a box stands just above where it is needed
+        row[n] = 1 + max((row[user] for user in users[n]), default=-1)
+    while node:  # the longest path from the first input is column 0
+        column[node] = 0
+        node = max(users[node], key=row.get, default=None)
+    for n in boxes:  # what else comes from the first input goes right of it, other inputs left
+        side = 1 if any(column[source] >= 0 for source in sources[n]) else -1
+        while n not in column or any((column[n], row[n]) == (column[o], row[o]) for o in column if o is not n):
+            column[n] = column.get(n, 0) + side
+
+    def free(col: int, top: int, bottom: int) -> bool:  # no box stands in this column in rows bottom … top
+        return not any(column[n] == col and bottom <= row[n] <= top for n in boxes)
+
+    left, right, rows, step, lanes = min(column.values()), max(column.values()), max(row.values()) + 1, 1.35, []
+    axis = axis or plt.subplots(figsize=(2.3 * (right - left + 1.5), 0.62 * rows), layout="constrained")[1]
+    for n in boxes:
+        x, y, layer = step * column[n], row[n], graph.get_submodule(n.target) if n.op == "call_module" else None
+        text = n.target if n.op == "placeholder" else _operation(n, layer)
+        learnt = "convolution" in text or (layer and any(True for _ in layer.parameters()))
+        color = "white" if n.op == "placeholder" else "#bcd6ee" if learnt else "#dddddd"
+        text = f"{n.target}: {text}" if layer and not n.target.isdigit() else text
+        text += "\n" + "×".join(map(str, n.meta["tensor_meta"].shape))
+        axis.add_patch(plt.Rectangle((x - 0.5, y - 0.3), 1, 0.6, facecolor=color, edgecolor="#444444"))
+        axis.text(x, y, text, ha="center", va="center", fontsize=8)
+        for source in sources[n]:
+            u, v, toward = step * column[source], row[source], 0.5 if column[source] > column[n] else -0.5
+            if u == x and free(column[n], v - 1, y + 1):  # straight down
+                path = [(u, v - 0.3), (x, y + 0.3)]
+            elif u != x and free(column[source], v - 1, y):  # down, then across
+                path = [(u, v - 0.3), (u, y), (x + toward, y)]
+            elif u != x and free(column[n], v, y + 1):  # across, then down
+                path = [(u - toward, v), (x, v), (x, y + 0.3)]
+            else:  # around the boxes between, each line in its own lane
+                out = 0.5 if column[source] >= 0 else -0.5
+                lanes.append(out)
+                lane = u + out + 0.2 * lanes.count(out) * out
+                path = [(u + out, v), (lane, v), (lane, y), (x + (out if u == x else toward), y)]
+            axis.add_patch(FancyArrowPatch(path=Line(path), arrowstyle="->", mutation_scale=10, color="#222222"))
+    axis.set(xlim=(step * left - 0.7, step * right + 0.7), ylim=(-0.5, rows - 0.5))
+    axis.set_axis_off()
+    return axis.figure
+
+
 def draw_unet(model: UNet, image_size: int = 28) -> plt.Figure:
     """The U-Net as a diagram. Each box shows the shape (channels × height × width) that it puts out, measured by a
     forward pass on one image of ``image_size``; a row is a resolution, and grey lines are the skip connections.
     """
-    shapes, hooks = {}, []
-    down, up = [s for level in model.down for s in level], [s for level in model.up for s in level]
-    for part in (model.conv_in, *down, *model.middle, *up, model.conv_out):
-        keep = lambda part, _, out: shapes.update({part: "×".join(map(str, out.shape[1:]))})  # noqa: E731
-        hooks.append(part.register_forward_hook(keep))
+    shapes: dict[nn.Module, str] = {}
+    hook = register_module_forward_hook(lambda part, _, out: shapes.update({part: "×".join(map(str, out.shape[1:]))}))
     try:
         with torch.no_grad():
             device = next(model.parameters()).device
             x_t = torch.zeros(1, model.in_channels, image_size, image_size, device=device)
             model(x_t, torch.ones(1, dtype=torch.long, device=device))
     finally:
-        for hook in hooks:
-            hook.remove()
-
+        hook.remove()
+    down, up = [s for level in model.down for s in level], [s for level in model.up for s in level]
     levels, blocks = len(model.down), len(model.down[0])
     rows = [0] + [i // blocks for i in range(len(down))] + [levels] * len(model.middle)
     rows += [levels - 1 - i // blocks for i in range(len(up))] + [0]

@@ -3,20 +3,25 @@
 import json
 import os
 import random
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from ddpm_tutorial import cli
+from ddpm_tutorial import arguments, cli
+from ddpm_tutorial.checkpoint import STATE_FILE
 from ddpm_tutorial.cli import parse_label
-from ddpm_tutorial.training import STATE_FILE, TrainConfig
+from ddpm_tutorial.data import CLASS_NAMES, load_fashion_mnist
+from ddpm_tutorial.training import TrainConfig
 from ddpm_tutorial.unet import UNet
 
 COMMAND = [sys.executable, "-m", "ddpm_tutorial"]
@@ -71,7 +76,7 @@ def test_bad_input_has_no_traceback_in_a_process_of_its_own(tmp_path):
 
 
 def test_help_agrees_with_the_config():
-    assert set(cli.CONFIG_HELP) == {field.name for field in fields(TrainConfig)}
+    assert set(arguments.CONFIG_HELP) == {field.name for field in fields(TrainConfig)}
 
 
 def test_killed_at_random_moments_and_resumed_gives_the_same_weights(trained, tmp_path):
@@ -118,10 +123,151 @@ def test_interrupt_leaves_a_checkpoint_that_goes_on(tmp_path, number, status):
     assert f"done: step {step + 1}" in again.stdout
 
 
+def test_two_processes_are_one_run(tmp_path):
+    """accelerate launch, stopped by SIGTERM, then torchrun --resume: the losses and weights of one process alone."""
+    steps = 60
+    options = [*SMALL[:-1], 1, "--num-train-steps", steps, "--checkpoint-every", 8]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert cli.main([str(a) for a in ("train", "--out", one, *options)]) == 0
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    bin_folder = Path(sys.executable).parent
+    launch = [bin_folder / "accelerate", "launch", "--multi_gpu", "--num_processes", 2]
+    launch += ["--main_process_port", free_port()]
+    process = subprocess.Popen(
+        [str(a) for a in (*launch, "-m", "ddpm_tutorial", "train", "--out", two, *options)], env=environment,
+        start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    while process.poll() is None and not (two / "log.csv").exists():
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=300)
+    info = json.loads((two / "training.json").read_text())
+    assert f"stopped at step {info['step']} of {steps}" in output and info["step"] < steps, output
+    assert "on 2 × cpu" in output and output.count("images of 10 classes") == 1  # only one of them speaks
+
+    launch = [bin_folder / "torchrun", "--nproc_per_node", 2, "--master_port", free_port()]
+    done = subprocess.run(
+        [str(a) for a in (*launch, "-m", "ddpm_tutorial", "train", "--out", two, *options, "--resume")],
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and f"done: step {steps}" in done.stdout, done.stderr
+    rows = [[line.split(",")[:3] for line in (out / "log.csv").read_text().splitlines()[1:]] for out in (one, two)]
+    assert [row[:2] for row in rows[0]] == [row[:2] for row in rows[1]] and len(rows[0]) == steps
+    assert [float(r[2]) for r in rows[1]] == pytest.approx([float(r[2]) for r in rows[0]], abs=1e-4)
+    torch.testing.assert_close(weights(one), weights(two), rtol=0, atol=1e-3)
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def test_full_disk_in_a_process_of_its_own(tmp_path):
+    """No file may grow beyond 300 kB: the state's does."""
+    command = " ".join(map(str, [*COMMAND, "train", "--out", tmp_path / "run", "--num-train-steps", 3, *SMALL]))
+    done = subprocess.run(["bash", "-c", f"ulimit -f 300; {command}"], capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "step 3: " in done.stderr and "could not be written to (" in done.stderr and "make room" in done.stderr
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"log.csv"}
+
+
+@pytest.fixture(scope="module")
+def colour_folder(tmp_path_factory):
+    """Fashion-MNIST in colour: three classes, 20 pictures each, 28×28 RGB."""
+    folder = tmp_path_factory.mktemp("colour")
+    images, labels, _ = load_fashion_mnist("test", "sample")
+    for label, name in enumerate(("Red shirts", "green trousers", "blue pullovers")):
+        (folder / name).mkdir()
+        for i, image in enumerate(images[labels == label][:20, 0]):
+            picture = np.zeros((28, 28, 3), np.uint8)
+            picture[..., label] = image.numpy()
+            Image.fromarray(picture).save(folder / name / f"{i}.png")
+    return folder
+
+
+def test_pictures_in_colour_train_resume_and_sample(colour_folder, tmp_path, fails, capsys):
+    def command(*arguments):
+        assert cli.main([str(argument) for argument in arguments]) == 0, capsys.readouterr().err
+
+    small = ["--channels", 16, "--batch-size", 8, "--image-size", 32, "--sample-every", 5]
+    command("train", "--data", colour_folder, "--out", tmp_path / "run", "--num-train-steps", 5, *small)
+    assert "60 images of 3 classes" in capsys.readouterr().out
+    info = json.loads((tmp_path / "run" / "training.json").read_text())
+    assert info["image_shape"] == [3, 32, 32]
+    assert info["class_names"] == ["Red shirts", "blue pullovers", "green trousers"]
+    assert Image.open(tmp_path / "run" / "samples" / "step-000005.png").size == (3 * 34 + 2, 8 * 34 + 2)
+    command("train", "--out", tmp_path / "run", "--resume", "--num-train-steps", 7, "--sample-every", 0)
+
+    sample = ["sample", "--checkpoint", tmp_path / "run", "--num-inference-steps", 2, "--num-images", 3]
+    command(*sample, "--labels", "green", "red", "--out", tmp_path / "x.npz")
+    with np.load(tmp_path / "x.npz") as arrays:
+        assert arrays["images"].shape == (3, 3, 32, 32) and arrays["labels"].tolist() == [2, 0, 2]
+    command(*sample, "--out", tmp_path / "x.png")
+    assert np.asarray(Image.open(tmp_path / "x.png")).std(axis=2).max() > 10  # it has colours
+    assert "the labels are 0 Red shirts, 1 blue" in fails(*sample, "--labels", "bag", "--out", tmp_path / "y.png")
+    command("evaluate", "--checkpoint", tmp_path / "run", "--data", colour_folder, "--split", "train", "--num-images",
+            2, "--num-steps", 2)  # fmt: skip
+
+    run = ["train", "--out", tmp_path / "run", "--resume", "--num-train-steps", 9]
+    assert "other data" in fails(*run, "--data", "sample")
+    assert "another --image-size" in fails(*run, "--image-size", 28)
+    new = ["train", "--out", tmp_path / "new", "--data", colour_folder, "--num-train-steps", 1]
+    assert "30×30, and this U-Net needs sizes divisible by 4: 28 or 32" in fails(*new, "--image-size", 30)
+    assert "1 (grey) or 3 (colour), got 2" in fails(*new, "--image-channels", 2)
+
+
+def test_pictures_without_classes(colour_folder, tmp_path, capsys, fails):
+    run = ["train", "--data", colour_folder / "green trousers", "--out", tmp_path / "run", "--image-channels", 1]
+    run += ["--num-train-steps", 2, "--channels", 16, "--batch-size", 8, "--sample-every", 0]
+    assert cli.main([str(a) for a in run]) == 0
+    assert "20 images without labels" in capsys.readouterr().out
+    sample = ["sample", "--checkpoint", tmp_path / "run", "--num-inference-steps", 2, "--num-images", 2]
+    assert cli.main([str(a) for a in (*sample, "--out", tmp_path / "x.npz")]) == 0
+    with np.load(tmp_path / "x.npz") as arrays:
+        assert arrays["images"].shape == (2, 1, 28, 28)
+    assert "trained without labels" in fails(*sample, "--labels", 0, "--out", tmp_path / "x.npz")
+
+
+def test_run_of_an_earlier_version_resumes(trained, tmp_path):
+    """Its training.json knows neither images' shapes nor the options added since."""
+    shutil.copytree(trained, tmp_path / "old")
+    info = json.loads((trained / "training.json").read_text())
+    del info["image_shape"], info["class_names"], info["run"]["image_size"], info["config"]["compile"]
+    (tmp_path / "old" / "training.json").write_text(json.dumps(info))
+    assert cli.main(["train", "--out", str(tmp_path / "old"), "--resume", "--num-train-steps", "13"]) == 0
+    assert json.loads((tmp_path / "old" / "training.json").read_text())["image_shape"] == [1, 28, 28]
+
+
+@pytest.mark.parametrize("info", [{}, {"run": 5, "config": {}}, {"run": {}, "config": {"speed": 1}}, {"run": {}}])
+def test_foreign_training_json(trained, tmp_path, fails, info):
+    shutil.copytree(trained, tmp_path / "run")
+    (tmp_path / "run" / "training.json").write_text(json.dumps(info))
+    assert "training.json is damaged or not of a run" in fails("train", "--out", tmp_path / "run", "--resume")
+
+
+def test_checkpoint_whose_files_do_not_fit_each_other(trained, tmp_path, fails):
+    shutil.copytree(trained, tmp_path / "run")
+    for wrong in ({"class_names": ["a"]}, {"image_shape": [3, 28, 28]}, {"image_shape": [28, 28]}):
+        (tmp_path / "run" / "training.json").write_text(json.dumps(wrong))
+        out = ["--out", tmp_path / "x.png"]
+        assert "training.json names" in fails("sample", "--checkpoint", tmp_path / "run", *out)
+
+
+def test_out_of_memory_is_one_line(monkeypatch, capsys):
+    def too_much(**options):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 20 GiB\nand more")
+
+    monkeypatch.setattr(cli, "run_sample", too_much)
+    assert cli.main(["sample", "--out", "x.png"]) == 1
+    assert capsys.readouterr().err == "ddpm-tutorial sample: error: CUDA out of memory. Tried to allocate 20 GiB\n"
+
+
 def test_bad_input_of_train(trained, tmp_path, fails):
     out = ["--out", tmp_path / "new"]
     assert "no such folder" in fails("train", *out, "--data", tmp_path / "nowhere")
-    assert "neither train-images-idx3-ubyte" in fails("train", *out, "--data", tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert "neither train-images-idx3-ubyte" in fails("train", *out, "--data", tmp_path / "empty")
     assert "batch_size must be at least 1, got 0" in fails("train", *out, "--data", "sample", "--batch-size", 0)
     assert "invalid int value: 'many'" in fails("train", *out, "--batch-size", "many")
     assert "batch_size must lie in 1 … 5000" in fails("train", *out, "--data", "sample", "--batch-size", 5001)
@@ -167,7 +313,7 @@ def test_bad_input_of_sample(trained, tmp_path, fails):
     out = ["--checkpoint", trained, "--out", tmp_path / "x.png"]
     assert "unknown label 'hat'" in fails("sample", *out, "--labels", "hat")
     assert "unknown label '10'" in fails("sample", *out, "--labels", 10)
-    assert "must be one of ddpm, ddim" in fails("sample", *out, "--sampler", "euler")
+    assert "must be one of ddpm, ddim, heun, dpmpp-2m" in fails("sample", *out, "--sampler", "euler")
     assert "at least 1, got 0" in fails("sample", *out, "--num-images", 0)
     assert "1 … 1000" in fails("sample", *out, "--num-inference-steps", 1001)
     assert "1 … 1000 (T), got 0" in fails("sample", *out, "--num-inference-steps", 0)
@@ -193,7 +339,7 @@ def test_evaluate_gives_the_bound_as_json(trained, tmp_path, capsys):
 
 def test_bad_input_of_evaluate(trained, tmp_path, fails):
     data = ["--checkpoint", trained, "--data", "sample"]
-    assert "must be bits-per-dim, got 'fid'" in fails("evaluate", *data, "--metric", "fid")
+    assert "must be bits-per-dim or samples, got 'fid'" in fails("evaluate", *data, "--metric", "fid")
     assert "at most 1000" in fails("evaluate", *data, "--num-images", 1001)
     assert "1 … 1000" in fails("evaluate", *data, "--num-images", 1, "--num-steps", 1001)
     assert "at least 0, got -1" in fails("evaluate", *data, "--num-steps", -1)
@@ -221,9 +367,42 @@ def test_existing_picture_survives_a_failed_command(trained, tmp_path, fails):
 
 
 def test_label_names():
-    assert [parse_label(x) for x in ("7", "Sneaker", "t-shirt", "T-shirt/top", "ankle boot", "BAG", "dr")] == [
-        7, 7, 0, 0, 9, 8, 3,
-    ]  # fmt: skip
+    texts = ("7", "Sneaker", "t-shirt", "T-shirt/top", "ankle boot", "BAG", "dr")
+    assert [parse_label(text, CLASS_NAMES) for text in texts] == [7, 7, 0, 0, 9, 8, 3]
     for bad in ("s", "", "-", "11", "sneakers"):
         with pytest.raises(ValueError, match="unknown label"):
-            parse_label(bad)
+            parse_label(bad, CLASS_NAMES)
+    assert parse_label("10", ["1", "10", "2"]) == 1  # a name comes before a number
+    with pytest.raises(ValueError, match="19 n19, … 199$"):
+        parse_label("x", [f"n{i}" for i in range(200)])
+
+
+# ------------------------------------------------------------------------------------ evaluate --metric samples
+def test_evaluate_judges_given_samples_beside_real_images(tmp_path):
+    data = load_fashion_mnist("train", source="sample")
+    np.savez(tmp_path / "copies.npz", images=data.images[:300].numpy(), labels=data.labels[:300].numpy())
+    arguments = ["--metric", "samples", "--data", "sample", "--samples", tmp_path / "copies.npz"]
+    printed = run("evaluate", *arguments, "--out", tmp_path / "figures.json").stdout
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["num_images"] == 300 and figures["num_train_images"] == 5000
+    assert figures["generated"]["label_agreement"] > 0.85 and figures["real"]["label_agreement"] > 0.85
+    assert 0.3 < figures["frechet_ratio"] < 3  # real images: about the distance of other real images
+    assert "label_agreement" in printed
+
+
+def test_evaluate_draws_samples_of_the_checkpoint(trained, tmp_path):
+    run("evaluate", "--checkpoint", trained, "--metric", "samples", "--data", "sample", "--num-images", 100,
+        "--sampler", "dpmpp-2m", "--num-inference-steps", 2, "--out", tmp_path / "figures.json")  # fmt: skip
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["frechet_ratio"] > 3  # hardly trained at all
+    assert (figures["sampler"], figures["num_inference_steps"]) == ("dpmpp-2m", 2)
+
+
+def test_bad_input_of_evaluate_samples(trained, tmp_path, fails):
+    arguments = ["evaluate", "--checkpoint", trained, "--metric", "samples", "--data", "sample"]
+    assert "97 … 1000 for --metric samples, got 96" in fails(*arguments, "--num-images", 96)
+    assert "got 1001" in fails(*arguments, "--num-images", 1001)
+    (tmp_path / "no.npz").write_bytes(b"PK no zip")
+    assert "is not a FILE.npz" in fails(*arguments, "--samples", tmp_path / "no.npz")
+    np.savez(tmp_path / "other.npz", images=np.zeros((3, 28, 28)), labels=np.zeros(3))
+    assert "must hold uint8 images (N, C, H, W)" in fails(*arguments, "--samples", tmp_path / "other.npz")

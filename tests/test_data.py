@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ddpm_tutorial.data import (
     CLASS_NAMES,
@@ -15,6 +16,7 @@ from ddpm_tutorial.data import (
     SAMPLE_FOLDER,
     batch_indices,
     load_fashion_mnist,
+    load_images,
     read_idx,
     seeded_generator,
     to_model_range,
@@ -151,6 +153,132 @@ def test_header_that_claims_a_huge_size_is_an_error(tmp_path):
     path.write_bytes(bytes([0, 0, 8, 3]) + struct.pack(">3I", 2**32 - 1, 2**32 - 1, 2**32 - 1) + b"\0" * 10)
     with pytest.raises(ValueError, match="truncated"):
         read_idx(path, 3)
+
+
+# ------------------------------------------------------------------------------------------ other images
+def save_picture(path, colour, size=(40, 30), mode="RGB"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, colour).save(path)
+
+
+@pytest.fixture
+def picture_folder(tmp_path):
+    """Two classes, in colour, of one size: three red pictures and two blue ones."""
+    for i in range(3):
+        save_picture(tmp_path / "photos" / "red" / f"{i}.png", (250 - i, 0, 10))
+    for i in range(2):
+        save_picture(tmp_path / "photos" / "blue" / f"{i}.jpg", (0, 0, 200))
+    return tmp_path / "photos"
+
+
+def test_load_images_gives_fashion_mnist_unchanged(idx_folder):
+    for source in ("sample", idx_folder):
+        expected, got = load_fashion_mnist("test", source), load_images(source, "test")
+        assert torch.equal(got.images, expected.images) and torch.equal(got.labels, expected.labels)
+        assert got.class_names == CLASS_NAMES
+    scaled = load_images("sample", "test", image_size=32, channels=3).images
+    assert scaled.shape == (1000, 3, 32, 32) and torch.equal(scaled[:, 0], scaled[:, 2])
+    assert (scaled.float().mean() - load_images("sample", "test").images.float().mean()).abs() < 2
+
+
+def test_folder_with_a_sub_folder_a_class(picture_folder):
+    images, labels, class_names = load_images(picture_folder)
+    assert images.shape == (5, 3, 30, 40) and images.dtype == torch.uint8
+    assert class_names == ("blue", "red") and labels.tolist() == [0, 0, 1, 1, 1]
+    assert images[2:, :, 0, 0].tolist() == [[250, 0, 10], [249, 0, 10], [248, 0, 10]]  # in the order of their names
+
+
+def test_size_and_channels_are_chosen(tmp_path):
+    """The middle square of a picture in three vertical stripes is its middle stripe."""
+    stripes = np.zeros((20, 60, 3), np.uint8)
+    stripes[:, :20], stripes[:, 20:40], stripes[:, 40:] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    (tmp_path / "flat").mkdir()
+    Image.fromarray(stripes).save(tmp_path / "flat" / "wide.png")
+    save_picture(tmp_path / "flat" / "tall.png", 255, (10, 50), mode="L")
+    images, labels, class_names = load_images(str(tmp_path / "flat"), image_size=20, channels=3)
+    assert labels is None and class_names == ()
+    assert images.shape == (2, 3, 20, 20) and images[0].min() == 255  # "tall" comes first
+    assert images[1, :, 10, 10].tolist() == [0, 255, 0] and images[1, 1].min() > 120
+    grey = load_images(tmp_path / "flat", image_size=8, channels=1).images
+    assert grey.shape == (2, 1, 8, 8) and grey[0].min() == 255 and 130 < grey[1].float().mean() < 160
+
+
+def test_pictures_that_differ_need_a_size_or_channels(picture_folder):
+    save_picture(picture_folder / "red" / "z.png", (1, 2, 3), (41, 30))
+    with pytest.raises(ValueError, match="z.png is 30×41 in 3 channels, those before are 30×40.*--image-size"):
+        load_images(picture_folder)
+    save_picture(picture_folder / "red" / "z.png", 1, mode="L")
+    with pytest.raises(ValueError, match="z.png is 30×40 in 1 channel,.*--image-channels"):
+        load_images(picture_folder)
+    assert load_images(picture_folder, channels=1).images.shape == (6, 1, 30, 40)
+
+
+def test_splits_are_sub_folders(picture_folder, tmp_path):
+    with pytest.raises(ValueError, match="all of it is the split train"):
+        load_images(picture_folder, "test")
+    picture_folder.rename(tmp_path / "train")
+    save_picture(tmp_path / "test" / "blue" / "0.png", (0, 0, 9), (5, 4))
+    assert len(load_images(tmp_path).images) == 5
+    images, _, class_names = load_images(tmp_path, "test")
+    assert images.shape == (1, 3, 4, 5) and class_names == ("blue",)
+    with pytest.raises(ValueError, match="no split valid; it has test, train"):
+        load_images(tmp_path, "valid")
+
+
+def test_pictures_are_turned_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned by a quarter
+    (tmp_path / "flat").mkdir()
+    Image.new("RGB", (40, 30)).save(tmp_path / "flat" / "turned.jpg", exif=exif)
+    assert load_images(tmp_path / "flat").images.shape == (1, 3, 40, 30)
+
+
+def test_bad_picture_folders(picture_folder, tmp_path):
+    save_picture(picture_folder / "beside.png", (0, 0, 0))
+    with pytest.raises(ValueError, match="images beside sub-folders"):
+        load_images(picture_folder)
+    (picture_folder / "beside.png").unlink()
+    (picture_folder / "red" / "broken.png").write_bytes((picture_folder / "red" / "0.png").read_bytes()[:40])
+    with pytest.raises(ValueError, match="broken.png is no image"):
+        load_images(picture_folder)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="empty holds neither train-images-idx3-ubyte nor images"):
+        load_images(tmp_path / "empty")
+    with pytest.raises(FileNotFoundError, match="no such folder.*owner/name"):
+        load_images(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="1 .grey. or 3 .colour., got 2"):
+        load_images("sample", channels=2)
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        load_images("sample", image_size=0)
+
+
+def test_data_set_of_the_hub(monkeypatch):
+    """By the columns that datasets says are images and class labels, whatever their names."""
+    import datasets
+
+    kinds = datasets.ClassLabel(names=["cat", "dog"])
+    features = {"id": datasets.Value("int64"), "img": datasets.Image(), "kind": kinds}
+    rows = {"id": [7, 8], "img": [Image.new("RGB", (6, 4), c) for c in ("red", "blue")], "kind": [1, 0]}
+    table = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: asked.append((name, split)) or table)
+    images, labels, class_names = load_images("somebody/pets", "test")
+    assert asked == [("somebody/pets", "test")]
+    assert images[:, :, 0, 0].tolist() == [[255, 0, 0], [0, 0, 255]] and images.shape == (2, 3, 4, 6)
+    assert labels.tolist() == [1, 0] and class_names == ("cat", "dog")
+
+    table = table.remove_columns("kind")
+    assert load_images("somebody/pets").labels is None
+    table = table.remove_columns("img")
+    with pytest.raises(ValueError, match="no column of images; it has id"):
+        load_images("somebody/pets")
+
+
+def test_unreachable_data_set_of_the_hub(monkeypatch, tmp_path):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    with pytest.raises(ConnectionError, match="no folder nobody/nothing, and the hub's could not be read"):
+        load_images("nobody/nothing")
 
 
 # ------------------------------------------------------------------------------------ scaling and batches

@@ -2,11 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from ddpm_tutorial.data import to_model_range
+from ddpm_tutorial.data import load_fashion_mnist, to_model_range
 from ddpm_tutorial.diffusion import GaussianDiffusion
 from ddpm_tutorial.elbo import (
     bits_per_dim,
@@ -20,6 +21,7 @@ from ddpm_tutorial.elbo import (
     vlb_term,
 )
 from ddpm_tutorial.toy import GaussianMixture, gaussian_elbo
+from ddpm_tutorial.unet import UNet
 
 LEVELS = to_model_range(torch.arange(256, dtype=torch.uint8))
 
@@ -80,6 +82,13 @@ def test_level_mass_in_the_far_tail():
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
 
 
+def test_level_mass_is_as_exact_in_the_right_tail_as_in_the_left():
+    means, log_scale = torch.tensor([-0.9, 0.0, 0.31])[:, None], torch.tensor(0.01).log()
+    found = discretized_gaussian_log_likelihood(LEVELS, means, log_scale)  # down to about -18,000
+    mirrored = discretized_gaussian_log_likelihood(-LEVELS, -means, log_scale)
+    torch.testing.assert_close(found, mirrored, rtol=1e-5, atol=1e-5)
+
+
 def test_level_mass_has_finite_gradients_at_the_extremes():
     means = torch.tensor([-1e3, -1.0, 0.0, 1.0, 1e3], requires_grad=True)
     log_scales = torch.tensor([[-8.0], [0.0]], requires_grad=True)
@@ -87,6 +96,13 @@ def test_level_mass_has_finite_gradients_at_the_extremes():
         log_prob = discretized_gaussian_log_likelihood(torch.tensor(x), means, log_scales)
         for gradient in torch.autograd.grad(log_prob.sum(), (means, log_scales)):
             assert gradient.isfinite().all()
+
+
+def test_level_mass_is_finite_where_the_two_edges_round_to_one_number():
+    means = torch.tensor([-1e6, 1e6, -1e15, 1e15], requires_grad=True)  # in σ: log CDFs of both edges equal
+    log_prob = discretized_gaussian_log_likelihood(torch.tensor(1 / 255), means, torch.tensor(0.0))
+    assert log_prob.isfinite().all()
+    assert torch.autograd.grad(log_prob.sum(), means)[0].isfinite().all()
 
 
 def test_gradient_of_the_level_mass_deep_in_the_tail():
@@ -104,8 +120,10 @@ def test_log_normal_cdf_equals_torch_and_holds_at_the_ends():
     torch.testing.assert_close(ends, torch.tensor([-math.inf, -math.log(2), 0.0]))
 
 
+@pytest.mark.filterwarnings("ignore:this schedule never reaches noise")
 def test_prior_term_equals_torch_distributions():
-    for diffusion in (GaussianDiffusion.from_schedule("linear", 50), GaussianDiffusion.from_schedule("cosine", 200)):
+    short = GaussianDiffusion(torch.full((30,), 0.02))  # its L_T is not next to nothing
+    for diffusion in (short, GaussianDiffusion.from_schedule("linear", 50), GaussianDiffusion.from_schedule("cosine")):
         x_0 = grey_images(5, channels=3)
         alpha_bar = diffusion.alphas_cumprod[-1].double()
         posterior = Normal(alpha_bar.sqrt() * x_0.double(), (1 - alpha_bar).sqrt())
@@ -177,6 +195,9 @@ def test_a_table_of_variances():
     x_t = diffusion.q_sample(x_0, 9, torch.randn(x_0.shape, generator=seeded(1)))
     by_name = vlb_term(zero_noise, diffusion, x_0, x_t, 9, "beta")
     torch.testing.assert_close(vlb_term(zero_noise, diffusion, x_0, x_t, 9, diffusion.betas), by_name)
+    by_name, table = (vlb_term(zero_noise, diffusion, x_0, x_t, 9, variance)
+                      for variance in ("posterior", reverse_variances(diffusion, "posterior")))  # fmt: skip
+    torch.testing.assert_close(table, by_name)
     with pytest.raises(ValueError, match="table of variances"):
         vlb_term(zero_noise, diffusion, x_0, x_t, 9, diffusion.betas[1:])
     with pytest.raises(ValueError, match="positive"):
@@ -260,11 +281,72 @@ def test_fewer_timesteps_are_an_unbiased_estimate():
     assert len(result.timesteps[:, -1].unique()) == edges[-1] - edges[-2]  # every timestep of a run is drawn
 
 
+def second_implementation(unet, betas, x_0, noise, t, variance):
+    """One term of one image in bits/dim, from the DDPM paper alone: float64, t from 0, as guided-diffusion has it."""
+    alphas_cumprod = np.cumprod(1 - betas)
+    previous = np.append(1.0, alphas_cumprod[:-1])
+    posterior_variance = betas * (1 - previous) / (1 - alphas_cumprod)
+    log_variance = math.log(posterior_variance[max(t, 1)])
+    model_log_variance = math.log(betas[t]) if variance == "beta" else log_variance
+    x_t = math.sqrt(alphas_cumprod[t]) * x_0 + math.sqrt(1 - alphas_cumprod[t]) * noise
+    with torch.no_grad():
+        eps = unet(torch.from_numpy(x_t).float()[None], torch.tensor([t + 1]))[0].double().numpy()
+    x0_hat = np.clip((x_t - math.sqrt(1 - alphas_cumprod[t]) * eps) / math.sqrt(alphas_cumprod[t]), -1, 1)
+    from_x0 = betas[t] * math.sqrt(previous[t]) / (1 - alphas_cumprod[t])
+    from_xt = (1 - previous[t]) * math.sqrt(1 - betas[t]) / (1 - alphas_cumprod[t])
+    model_mean, mean = from_x0 * x0_hat + from_xt * x_t, from_x0 * x_0 + from_xt * x_t
+    if t == 0:
+        scale = math.exp(0.5 * model_log_variance) * math.sqrt(2)
+        upper, lower = (x_0 - model_mean + 1 / 255) / scale, (x_0 - model_mean - 1 / 255) / scale
+        cdf = lambda z: torch.special.erfc(torch.from_numpy(-z)).numpy() / 2  # noqa: E731
+        mass = np.where(x_0 == -1, cdf(upper), np.where(x_0 == 1, cdf(-lower), cdf(upper) - cdf(lower)))
+        tail = (np.abs(x_0 - model_mean) / scale) > 3.5  # there the difference of two CDFs loses its digits
+        return np.where(tail, np.nan, -np.log2(np.maximum(mass, 1e-300)))
+    ratio = log_variance - model_log_variance
+    kl = 0.5 * (np.exp(ratio) - 1 - ratio + (mean - model_mean) ** 2 * math.exp(-model_log_variance))
+    return kl.mean() / math.log(2)
+
+
+@pytest.mark.parametrize("variance", ["beta", "posterior"])
+def test_terms_of_the_shipped_model_recomputed_from_the_paper(variance):
+    unet, diffusion = UNet.from_pretrained(), GaussianDiffusion.from_pretrained()
+    x_0 = to_model_range(load_fashion_mnist("test", "sample").images[[3, 441, 808]])
+    betas = diffusion._betas_float64.numpy()
+    for t in (2, 3, 7, 30, 110, 400, 800, diffusion.num_timesteps):
+        noise = torch.randn(x_0.shape, generator=seeded(t))
+        found = vlb_term(unet, diffusion, x_0, diffusion.q_sample(x_0, t, noise), t, variance)
+        images = zip(x_0.double().numpy(), noise.double().numpy(), strict=True)
+        expected = [second_implementation(unet, betas, x, e, t - 1, variance) for x, e in images]
+        torch.testing.assert_close(found.double(), torch.tensor(expected).double(), rtol=5e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("variance", ["beta", "posterior"])
+def test_decoder_of_the_shipped_model_recomputed_from_the_paper(variance):
+    """L_0 of each pixel, but those so far off that the paper's difference of two CDFs has no digits left."""
+    unet, diffusion = UNet.from_pretrained(), GaussianDiffusion.from_pretrained()
+    x_0 = to_model_range(load_fashion_mnist("test", "sample").images[[3]])
+    noise = torch.randn(x_0.shape, generator=seeded())
+    x_1 = diffusion.q_sample(x_0, 1, noise)
+    betas = diffusion._betas_float64.numpy()
+    expected = second_implementation(unet, betas, x_0[0].double().numpy(), noise[0].double().numpy(), 0, variance)
+    ones = torch.ones(1, dtype=torch.long)
+    with torch.no_grad():
+        mean = diffusion.predict_x0(x_1, 1, unet(x_1, ones)).clamp(-1, 1)
+    log_scale = 0.5 * reverse_variances(diffusion, variance)[1].log()
+    found = -discretized_gaussian_log_likelihood(x_0, mean, log_scale)[0] / math.log(2)
+    kept = ~np.isnan(expected)
+    assert kept.mean() > 0.98
+    torch.testing.assert_close(found.double().numpy()[kept], expected[kept], rtol=1e-3, atol=1e-3)
+    total = vlb_term(unet, diffusion, x_0, x_1, 1, variance)
+    torch.testing.assert_close(total, found.mean()[None], rtol=1e-4, atol=1e-5)
+
+
 def test_timestep_strata_cover_each_timestep_once():
     for T in (1, 2, 10, 57, 1000):
         for S in {1, 2, 3, T // 2, T - 1, T} & set(range(1, T + 1)):
             edges = timestep_strata(T, S)
             assert edges[0] == 1 and edges[-1] == T + 1 and len(edges) == S + 1 and (edges.diff() > 0).all()
+            assert S == 1 or edges[1] == 2  # L_0 has a run of its own
     for bad in (0, 11, -1, 2.0, True):
         with pytest.raises(ValueError, match="1 … 10"):
             timestep_strata(10, bad)
@@ -280,6 +362,14 @@ def test_bits_per_dim_depends_on_the_generator_alone():
     for a, b in zip(first, second, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
     assert not torch.equal(first.total, bits_per_dim(zero_noise, diffusion, x_0, seeded(4), num_steps=5).total)
+
+
+@pytest.mark.filterwarnings("ignore:this schedule never reaches noise")
+def test_the_total_has_the_prior_in_it():
+    diffusion = GaussianDiffusion(torch.full((30,), 0.02))  # x_T still shows the image
+    result = bits_per_dim(zero_noise, diffusion, grey_images(3), seeded())
+    assert (result.prior > 0.05).all()
+    torch.testing.assert_close(result.total, result.prior + result.terms.sum(1))
 
 
 def test_batches_reach_every_image():
@@ -302,7 +392,7 @@ def test_batches_reach_every_image():
         (torch.zeros(2, 1, 4, 4, dtype=torch.uint8), "float images"),
         (torch.ones(2, 4, 4), r"\(B, C, H, W\)"),
         (torch.ones(0, 1, 4, 4), "float images"),
-        (torch.full((2, 1, 4, 4), 1.5), "grey levels"),
+        (torch.full((2, 1, 4, 4), 300 / 127.5 - 1), "grey levels"),
         (torch.full((2, 1, 4, 4), 0.001), "grey levels"),
         (torch.full((2, 1, 4, 4), math.nan), "grey levels"),
     ],

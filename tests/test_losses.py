@@ -6,7 +6,17 @@ from torch.distributions import Normal, kl_divergence
 from torch.testing import assert_close
 
 from ddpm_tutorial.diffusion import SCHEDULES, GaussianDiffusion
-from ddpm_tutorial.losses import LOSSES, min_snr_weights, noise_loss, vlb_weights, weighted_noise_loss
+from ddpm_tutorial.losses import (
+    LOSSES,
+    TARGETS,
+    draw_timesteps,
+    min_snr_weights,
+    noise_loss,
+    target_loss,
+    timestep_probabilities,
+    vlb_weights,
+    weighted_noise_loss,
+)
 
 
 @pytest.fixture(params=list(SCHEDULES))
@@ -124,3 +134,45 @@ def test_each_loss_has_its_own_optimum(kind, generator):
     else:
         force = [(draws - g).clamp(-1, 1).mean() for g in (best - step, best + step)]
         assert force[0] > 0 > force[1]
+
+
+# -------------------------------------------------------------------------- the target v, and which t are drawn
+@pytest.mark.parametrize("kind", LOSSES)
+def test_the_v_target_is_the_error_of_v(kind):
+    diffusion = GaussianDiffusion.from_schedule("linear")
+    generator = torch.Generator().manual_seed(0)
+    x_0, noise, pred_noise = torch.randn(3, 5, 1, 4, 4, generator=generator)
+    t = torch.tensor([1, 50, 300, 700, 1000])
+    x_t = diffusion.q_sample(x_0, t, noise)
+    signal = diffusion.sqrt_alphas_cumprod[t].view(-1, 1, 1, 1)
+    pred_v = (pred_noise - diffusion.sqrt_one_minus_alphas_cumprod[t].view(-1, 1, 1, 1) * x_t) / signal
+    assert_close(diffusion.noise_from_v(x_t, t, pred_v), pred_noise, atol=1e-5, rtol=1e-5)
+    expected = LOSSES[kind](pred_v, diffusion.predict_v(x_0, t, noise))
+    assert_close(target_loss(pred_noise, noise, t, diffusion, "v", kind), expected, rtol=1e-4, atol=0)
+    assert_close(target_loss(pred_noise, noise, t, diffusion, "noise", kind), noise_loss(pred_noise, noise, kind))
+
+
+def test_timesteps_are_drawn_uniformly_or_by_angle():
+    diffusion = GaussianDiffusion.from_schedule("linear", 100)
+    uniform, by_angle = timestep_probabilities(diffusion), timestep_probabilities(diffusion, "v")
+    assert uniform[0] == by_angle[0] == 0
+    assert_close(uniform[1:], torch.full((100,), 0.01, dtype=torch.float64))
+    angle = diffusion.sqrt_alphas_cumprod.double().acos()  # the same angle, from its cosine
+    assert_close(by_angle.cumsum(0), angle / angle[-1], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_draws_have_these_probabilities_and_cover_every_slice(target):
+    probabilities = timestep_probabilities(GaussianDiffusion.from_schedule("linear", 100), target)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.stack([draw_timesteps(probabilities, 20, generator) for _ in range(5000)])
+    share = torch.bincount(drawn.flatten(), minlength=101) / drawn.numel()
+    error = (probabilities / drawn.numel()).sqrt()
+    assert ((share - probabilities).abs() <= 4.5 * error).all() and share[0] == 0
+    middle = probabilities.cumsum(0)[drawn] - probabilities[drawn] / 2  # where in the distribution each draw lies
+    assert ((middle * 20 - torch.arange(20) - 0.5).abs() < 0.5 + 10 * probabilities[drawn]).all()
+
+
+def test_unknown_target_is_refused():
+    with pytest.raises(ValueError, match="unknown target 'x_0'; the known ones are noise, v"):
+        timestep_probabilities(GaussianDiffusion.from_schedule("linear"), "x_0")

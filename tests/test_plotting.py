@@ -1,14 +1,32 @@
 """Pictures: the right images in the right places, animations that need no other file."""
 
 import matplotlib
+import matplotlib.pyplot as plt
 import pytest
 import torch
+from matplotlib.patches import FancyArrowPatch
 from PIL import Image, ImageSequence
 
-from ddpm_tutorial.plotting import animate_images, animate_points, play, save_gif, show_images, show_points, show_source
+from ddpm_tutorial.plotting import (
+    animate_images,
+    animate_points,
+    draw_block,
+    play,
+    save_gif,
+    show_images,
+    show_points,
+    show_source,
+)
 from ddpm_tutorial.quiz import show_quiz
+from ddpm_tutorial.unet import Downsample, ResidualBlock, SelfAttention, UNet
 
 matplotlib.use("Agg")
+
+
+@pytest.fixture(autouse=True)
+def closed_figures():
+    yield
+    plt.close("all")
 
 
 @pytest.fixture
@@ -76,3 +94,71 @@ def test_show_source_shows_the_code(capsys):
 def test_unknown_quiz_names_the_known_ones():
     with pytest.raises(ValueError, match="no quiz '99'; the chapters with one are 01, 02"):
         show_quiz("99")
+
+
+@pytest.mark.parametrize("label", [None, "t", "a label longer than two images"])
+@pytest.mark.parametrize("titled", [0, 3, 7])
+def test_labels_and_titles_take_their_own_room(images, label, titled):
+    """Each image is ``size`` inches wide and high, whatever is written beside it, and no text covers another."""
+    figure = show_images(
+        images, columns=3, size=0.7, row_labels=label and [label] * 3, titles=["some title\n$x_t$"] * titled
+    )
+    figure.canvas.draw()
+    inches = [axis.get_window_extent().transformed(figure.dpi_scale_trans.inverted()) for axis in figure.axes]
+    assert all(abs(box.width - 0.7) < 1e-6 and abs(box.height - 0.7) < 1e-6 for box in inches)
+    assert abs(inches[0].y0 - inches[3].y1) < (0.15 if titled <= 3 else 0.6)  # no tall gap between rows
+    texts = [axis.yaxis.label for axis in figure.axes] + [axis.title for axis in figure.axes]
+    boxes = [text.get_window_extent() for text in texts if text.get_text()]
+    boxes += [axis.get_window_extent() for axis in figure.axes]
+    assert all(0 <= box.x0 and 0 <= box.y0 for box in boxes)
+    assert all(box.x1 <= figure.bbox.width and box.y1 <= figure.bbox.height for box in boxes)
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def drawn(figure) -> list[str]:
+    return [text.get_text() for text in figure.axes[0].texts]
+
+
+def arrows(figure) -> set[tuple[str, str]]:
+    """The pairs of boxes (by their text) that an arrow joins, found from where it starts and ends."""
+    axis = figure.axes[0]
+    centres = [(text.get_text(), *text.get_position()) for text in axis.texts]
+
+    def touched(point):
+        near = [t for t, x, y in centres if abs(point[0] - x) < 0.51 and abs(point[1] - y) < 0.31]
+        assert len(near) == 1
+        return near[0]
+
+    lines = [patch._path_original.vertices for patch in axis.patches if isinstance(patch, FancyArrowPatch)]
+    return {(touched(line[0]), touched(line[-1])) for line in lines}
+
+
+def test_diagram_of_a_residual_block_is_its_data_flow():
+    figure = draw_block(ResidualBlock(16, 8, 12), torch.zeros(2, 16, 6, 6), torch.zeros(2, 12))
+    flow = arrows(figure)
+    assert len(drawn(figure)) == 2 + 5 + 3 + 1 + 3 + 1  # inputs, layers, SiLU, 1 + scale, × + +, shortcut
+    assert ("x\n2×16×6×6", "shortcut: 1×1 convolution\n2×8×6×6") in flow
+    assert ("x\n2×16×6×6", "norm1: GroupNorm\n2×16×6×6") in flow
+    assert ("emb: Linear\n2×16", "1 +\n2×8×1×1") in flow
+    assert ("norm2: GroupNorm\n2×8×6×6", "×\n2×8×6×6") in flow
+    assert ("1 +\n2×8×1×1", "×\n2×8×6×6") in flow
+    assert ("emb: Linear\n2×16", "+\n2×8×6×6") in flow
+
+
+def test_diagram_draws_the_shortcut_around_attention_and_no_size_as_a_value():
+    flow = arrows(draw_block(SelfAttention(8, 2), torch.zeros(1, 8, 3, 5)))
+    assert ("x\n1×8×3×5", "+\n1×8×3×5") in flow
+    assert ("rearrange\n3×1×2×15×4", "scaled dot product attention\n1×2×15×4") in flow
+    assert ("x\n1×8×3×5", "rearrange\n1×8×3×5") not in flow  # its height and width alone go there
+    assert len(flow) == 8
+
+
+def test_diagram_of_a_method_a_single_layer_and_several_on_one_figure():
+    model = UNet(channels=8, num_classes=3)
+    flow = arrows(draw_block(model._embed, torch.tensor([5]), torch.tensor([1])))
+    assert ("labels\n1", "label_emb: Embedding\n1×32") in flow and ("t\n1", "sinusoidal embedding\n1×8") in flow
+    figure, axes = plt.subplots(1, 2)
+    assert draw_block(Downsample(4, 8), torch.zeros(1, 4, 6, 6), axis=axes[0]) is figure
+    assert drawn(figure) == ["input\n1×4×6×6", "3×3 convolution, stride 2\n1×8×3×3"]
+    draw_block(torch.nn.PixelUnshuffle(2), torch.zeros(1, 4, 6, 6), axis=axes[1])
+    assert [t.get_text() for t in axes[1].texts] == ["input\n1×4×6×6", "PixelUnshuffle\n1×16×3×3"]

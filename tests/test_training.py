@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,16 +12,7 @@ from torch.testing import assert_close
 from ddpm_tutorial import training
 from ddpm_tutorial.data import load_fashion_mnist
 from ddpm_tutorial.diffusion import GaussianDiffusion
-from ddpm_tutorial.training import (
-    STATE_FILE,
-    TrainConfig,
-    learning_rate,
-    make_ema,
-    read_training_info,
-    save_checkpoint,
-    train,
-    train_to_folder,
-)
+from ddpm_tutorial.training import STATE_FILE, TrainConfig, learning_rate, make_ema, train, train_to_folder
 from ddpm_tutorial.unet import UNet
 
 CONFIG = TrainConfig(num_train_steps=8, batch_size=16, warmup_steps=2, lr=1e-3, ema_decay=0.9)
@@ -81,16 +73,48 @@ def test_each_optimizer_and_loss_trains(data, optimizer, loss):
     assert all(math.isfinite(state.loss) for state in states)
 
 
-def test_bf16_autocast_trains(data):
-    from accelerate.state import AcceleratorState
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_trains_after_full_precision_in_one_process(data, precision):
+    config = TrainConfig(num_train_steps=3, batch_size=8, warmup_steps=0)
+    full = [state.loss.item() for state in train(*new_run(), *data, config)]
+    *_, last = half = list(train(*new_run(), *data, replace(config, precision=precision)))
+    assert weights(last.model).dtype == torch.float32 and weights(last.model).isfinite().all()
+    assert [state.loss.item() for state in half] == pytest.approx(full, abs=0.02)
+    assert half[-1].loss != full[-1]  # it was another precision
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    try:
-        config = TrainConfig(num_train_steps=2, batch_size=8, precision="bf16")
-        *_, last = train(*new_run(), *data, config)
-        assert weights(last.model).dtype == torch.float32 and weights(last.model).isfinite().all()
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
+
+def test_compile_is_asked_for_only_by_its_option_and_is_not_needed(data, monkeypatch):
+    """What torch.compile gives is used; where it is not available, the network runs as it is, with a warning."""
+    config, compiled = TrainConfig(num_train_steps=1, batch_size=8), []
+
+    def wrap(model):
+        return lambda *inputs: compiled.append(len(inputs)) or model(*inputs)
+
+    monkeypatch.setattr(torch, "compile", wrap)
+    plain = next(train(*new_run(), *data, config))
+    assert not compiled
+    assert torch.equal(next(train(*new_run(), *data, replace(config, compile=True))).loss, plain.loss)
+    assert compiled == [3]
+
+    def not_here(model):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", not_here)
+    with pytest.warns(UserWarning, match="no compiler"):
+        assert torch.equal(next(train(*new_run(), *data, replace(config, compile=True))).loss, plain.loss)
+
+
+def test_fused_optimizer_equals_the_plain_one(data, monkeypatch):
+    config = TrainConfig(num_train_steps=4, batch_size=8, weight_decay=0.01)
+    *_, fused = train(*new_run(), *data, config)
+    assert fused.optimizer.param_groups[0]["fused"]
+
+    def plain_adamw(parameters, fused, **options):
+        return torch.optim.AdamW(parameters, foreach=False, **options)
+
+    monkeypatch.setitem(training.OPTIMIZERS, "adamw", plain_adamw)
+    *_, plain = train(*new_run(), *data, config)
+    assert_close(weights(fused.model), weights(plain.model), rtol=0, atol=1e-5)
 
 
 def test_without_classes_labels_are_not_needed(data):
@@ -107,6 +131,8 @@ def test_bad_data_is_refused_before_the_first_step(data):
         (images, labels + 1, "0 … 9.*in 1 … 10"),
         (images.float(), labels, "uint8"),
         (images[:10], labels[:10], "1 … 10 .*got 16"),
+        (images.repeat(1, 3, 1, 1), labels, "takes 1 channels, and the images have 3"),
+        (images[:, :, :26], labels, "26×28.*divisible by 4: 24 or 28 or 32"),
     ]:
         with pytest.raises(ValueError, match=message):
             train(*new_run(), bad_images, bad_labels, CONFIG)
@@ -156,69 +182,6 @@ def test_ema_follows_its_recursion():
     assert not ema.module.weight.requires_grad
 
 
-# ------------------------------------------------------------------------------------ checkpoints, resume
-def test_resumed_run_equals_an_uninterrupted_one(data, tmp_path):
-    whole = list(train(*new_run(), *data, CONFIG))
-    for stop in (1, 3, 6):
-        model, diffusion = new_run()
-        for state in train(model, diffusion, *data, CONFIG):
-            if state.step == stop:
-                save_checkpoint(state, diffusion, tmp_path, {})
-                break
-        rest = list(train(new_model(seed=99), diffusion, *data, CONFIG, resume_from=tmp_path))
-        assert [state.step for state in rest] == list(range(stop + 1, 9))
-        assert torch.equal(weights(rest[-1].model), weights(whole[-1].model))
-        assert torch.equal(weights(rest[-1].ema), weights(whole[-1].ema))
-        assert [s.loss.item() for s in rest] == [s.loss.item() for s in whole[stop:]]
-
-
-def test_checkpoint_holds_the_ema_weights_and_the_diffusion(data, tmp_path):
-    model, diffusion = new_run()
-    *_, last = train(model, diffusion, *data, CONFIG)
-    save_checkpoint(last, diffusion, tmp_path, {"note": "kept"})
-    loaded = UNet.from_pretrained(tmp_path)
-    assert torch.equal(weights(loaded), weights(last.ema)) and not torch.equal(weights(loaded), weights(last.model))
-    assert torch.equal(GaussianDiffusion.from_pretrained(tmp_path).betas, diffusion.betas)
-    assert read_training_info(tmp_path) == {"note": "kept", "step": 8}
-    assert {p.name for p in tmp_path.iterdir()} == {
-        "config.json", "diffusion.safetensors", "model.safetensors", "training.json", STATE_FILE,
-    }  # fmt: skip
-
-
-def test_failed_write_leaves_the_old_checkpoint(data, tmp_path, monkeypatch):
-    """A disk that fills while the new files are written: the old ones stay, and nothing is left behind."""
-    model, diffusion = new_run()
-    states = train(model, diffusion, *data, CONFIG)
-    save_checkpoint(next(states), diffusion, tmp_path, {})
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-
-    def disk_is_full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(GaussianDiffusion, "save_pretrained", disk_is_full)
-    with pytest.raises(OSError, match="No space left"):
-        save_checkpoint(next(states), diffusion, tmp_path, {})
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-@pytest.mark.parametrize("damage", ["truncated", "nonsense", "other network", "missing"])
-def test_damaged_checkpoint_is_refused(data, tmp_path, damage):
-    model, diffusion = new_run()
-    save_checkpoint(next(train(model, diffusion, *data, CONFIG)), diffusion, tmp_path, {})
-    path, other = tmp_path / STATE_FILE, new_model()
-    if damage == "truncated":
-        path.write_bytes(path.read_bytes()[:-1000])
-    elif damage == "nonsense":
-        path.write_bytes(b"not a checkpoint")
-    elif damage == "other network":
-        other = new_model(channels=24)
-    else:
-        path.unlink()
-    kind = FileNotFoundError if damage == "missing" else ValueError
-    with pytest.raises(kind, match=STATE_FILE):
-        next(train(other, diffusion, *data, CONFIG, resume_from=tmp_path))
-
-
 # ------------------------------------------------------------------------------------------ runs in folders
 def test_run_in_a_folder_writes_log_samples_and_checkpoint(data, tmp_path):
     last = train_to_folder(*new_run(), *data, CONFIG, tmp_path, log_every=3, checkpoint_every=4, sample_every=5)
@@ -254,6 +217,44 @@ def test_folder_with_a_checkpoint_is_not_overwritten(data, tmp_path):
     with pytest.raises(ValueError, match="already holds a checkpoint.*--resume"):
         train_to_folder(*new_run(), *data, CONFIG, tmp_path, sample_every=0)
     assert (tmp_path / STATE_FILE).read_bytes() == before
+
+
+def test_stop_writes_the_checkpoint_and_draws_no_samples(data, tmp_path):
+    """Between SIGTERM and SIGKILL there may be little time."""
+    train_to_folder(*new_run(), *data, CONFIG, tmp_path, sample_every=1, should_stop=lambda: True)
+    assert (tmp_path / STATE_FILE).exists() and not (tmp_path / "samples").exists()
+
+
+def test_half_a_row_and_files_left_behind_go(data, tmp_path):
+    options = {"log_every": 1, "sample_every": 0}
+    calls = iter(range(100))
+    train_to_folder(*new_run(), *data, CONFIG, tmp_path, should_stop=lambda: next(calls) == 3, **options)
+    with (tmp_path / "log.csv").open("a") as file:
+        file.write("4")  # cut off within the row of step 45, say
+    (tmp_path / ".writing-folder").mkdir()
+    (tmp_path / ".writing-folder" / "file").touch()
+    (tmp_path / "samples").mkdir()
+    for left in (tmp_path / ".writing-log.csv", tmp_path / "samples" / ".writing-step.png"):
+        left.touch()
+    train_to_folder(*new_run(), *data, CONFIG, tmp_path, resume=True, **options)
+    rows = list(csv.DictReader((tmp_path / "log.csv").read_text().splitlines()))
+    assert [row["step"] for row in rows] == [str(step) for step in range(1, 9)]
+    assert all(None not in row.values() for row in rows)
+    assert not list(tmp_path.glob("**/.writing-*"))
+
+
+def test_loss_that_is_not_finite_leaves_a_checkpoint_that_goes_on(data, tmp_path, monkeypatch):
+    options = {"checkpoint_every": 2, "sample_every": 0}
+    whole = tmp_path / "whole"
+    train_to_folder(*new_run(), *data, CONFIG, whole, **options)
+    good = training.noise_loss
+    count = iter(range(100))
+    monkeypatch.setattr(training, "noise_loss", lambda *a: good(*a) * (float("nan") if next(count) == 4 else 1))
+    with pytest.raises(FloatingPointError, match="step 5: the loss is nan"):
+        train_to_folder(*new_run(), *data, CONFIG, tmp_path / "broken", **options)
+    monkeypatch.setattr(training, "noise_loss", good)
+    train_to_folder(*new_run(), *data, CONFIG, tmp_path / "broken", resume=True, **options)
+    assert torch.equal(weights(UNet.from_pretrained(whole)), weights(UNet.from_pretrained(tmp_path / "broken")))
 
 
 def test_finished_run_resumes_to_nothing(data, tmp_path):

@@ -8,6 +8,9 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention
+from diffusers.models.embeddings import get_timestep_embedding
+from diffusers.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -221,6 +224,89 @@ def test_upsample_leaves_no_checkerboard():
     assert_close(flat, flat[:, :, :1, :1].expand_as(flat), atol=1e-5, rtol=1e-5)
 
 
+# ------------------------------------------------------------------- the same blocks in diffusers and in torch itself
+def copied(reference, **parts):
+    """The reference module with the weights of ours, given by the reference's names."""
+    reference.load_state_dict({name: value for name, value in parts.items() if value is not None})
+    return reference.requires_grad_(False)
+
+
+@pytest.mark.parametrize("dim", [8, 64])
+def test_sinusoidal_embedding_is_that_of_diffusers(dim):
+    t = torch.tensor([1, 2, 137, 999, 1000])
+    expected = get_timestep_embedding(t, dim, flip_sin_to_cos=True, downscale_freq_shift=0)
+    assert_close(sinusoidal_embedding(t, dim), expected, atol=2e-4, rtol=0)  # float32 at angle 1000
+
+
+@pytest.mark.parametrize(("wide_in", "wide_out"), [(16, 16), (32, 16), (16, 48)])
+def test_residual_block_is_that_of_diffusers(wide_in, wide_out):
+    ours = randomised(ResidualBlock(wide_in, wide_out, 12))
+    theirs = ResnetBlock2D(
+        in_channels=wide_in, out_channels=wide_out, temb_channels=12, time_embedding_norm="scale_shift", eps=1e-5,
+        groups=math.gcd(32, wide_in), groups_out=math.gcd(32, wide_out),
+    )  # fmt: skip
+    names = {"emb": "time_emb_proj", "shortcut": "conv_shortcut"}
+    weights = {".".join([names.get(n.split(".")[0], n.split(".")[0]), n.split(".")[1]]): p for n, p in
+               ours.state_dict().items()}  # fmt: skip
+    copied(theirs, **weights)
+    x, emb = torch.randn(2, wide_in, 6, 5, generator=seeded(3)), torch.randn(2, 12, generator=seeded(4))
+    assert_close(ours(x, emb), theirs(x, emb), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_self_attention_is_that_of_diffusers_and_of_torch(heads):
+    ours = randomised(SelfAttention(16, heads))
+    x = torch.randn(2, 16, 3, 5, generator=seeded(7))
+    w = {name: value.flatten(1) if value.ndim == 4 else value for name, value in ours.state_dict().items()}
+    (q, k, v), (q_bias, k_bias, v_bias) = w["to_qkv.weight"].chunk(3), w["to_qkv.bias"].chunk(3)
+
+    theirs = Attention(
+        16, heads=heads, dim_head=16 // heads, bias=True, norm_num_groups=16, residual_connection=True, eps=1e-5
+    )
+    copied(
+        theirs, **{
+            "group_norm.weight": w["norm.weight"], "group_norm.bias": w["norm.bias"], "to_q.weight": q,
+            "to_k.weight": k, "to_v.weight": v, "to_q.bias": q_bias, "to_k.bias": k_bias, "to_v.bias": v_bias,
+            "to_out.0.weight": w["to_out.weight"], "to_out.0.bias": w["to_out.bias"],
+        }
+    )  # fmt: skip
+    assert_close(ours(x), theirs(x), atol=1e-4, rtol=1e-4)
+
+    layer = copied(
+        torch.nn.MultiheadAttention(16, heads, batch_first=True), **{
+            "in_proj_weight": w["to_qkv.weight"], "in_proj_bias": w["to_qkv.bias"],
+            "out_proj.weight": w["to_out.weight"], "out_proj.bias": w["to_out.bias"],
+        }
+    )  # fmt: skip
+    tokens = ours.norm(x).flatten(2).transpose(1, 2)  # (B, N, C)
+    out = layer(tokens, tokens, tokens, need_weights=False)[0]
+    assert_close(ours(x), x + out.transpose(1, 2).reshape(x.shape), atol=1e-4, rtol=1e-4)
+
+
+def test_downsample_and_upsample_are_those_of_diffusers():
+    x = torch.randn(2, 8, 6, 10, generator=seeded(9))
+    for ours, theirs in (
+        (Downsample(8, 12), Downsample2D(8, use_conv=True, out_channels=12, padding=1)),
+        (Upsample(8, 12), Upsample2D(8, use_conv=True, out_channels=12)),
+    ):
+        randomised(ours)
+        copied(theirs.conv, **ours.state_dict())
+        assert_close(ours(x), theirs(x), atol=1e-5, rtol=1e-5)
+
+
+def test_folding_is_that_of_torch():
+    """A network whose layers between folding and unfolding do nothing: what remains is pixel-unshuffle and -shuffle."""
+    model = UNet(in_channels=3, channels=16, channel_mults=(1,), attention_levels=(), patch_size=2)
+    seen = {}
+    model.conv_in.register_forward_pre_hook(lambda _, inputs: seen.update(folded=inputs[0]))
+    replaced = torch.randn(1, 12, 4, 4, generator=seeded(11))
+    model.conv_out.register_forward_hook(lambda *_: replaced)
+    x_t = torch.randn(1, 3, 8, 8, generator=seeded(12))
+    out = model(x_t, torch.tensor([5]))
+    assert torch.equal(seen["folded"], F.pixel_unshuffle(x_t, 2))
+    assert torch.equal(out, F.pixel_shuffle(replaced, 2))
+
+
 # ------------------------------------------------------------------------------------------- the whole network
 @pytest.mark.parametrize("size", [(8, 8), (16, 24)])
 @pytest.mark.parametrize("name", CONFIGS)
@@ -411,3 +497,29 @@ def test_diagram_shows_the_measured_shapes(name):
         assert f"{width}×{side >> level}×{side >> level}" in texts
     assert f"{model.in_channels}×16×16" in texts
     assert not any(module._forward_hooks for module in model.modules())  # it takes its hooks away
+
+
+# ------------------------------------------------------------------------------- layers that give v, noise comes out
+def test_a_schedule_turns_the_layers_v_into_noise():
+    torch.manual_seed(0)
+    options = {"channels": 16, "patch_size": 2, "num_classes": 3}
+    plain, network = UNet(**options), UNet(**options, schedule="cosine", num_timesteps=50)
+    torch.nn.init.normal_(plain.conv_out.weight, std=0.1)
+    network.load_state_dict(plain.state_dict())  # the tables are no parameters, and are not saved
+    diffusion = GaussianDiffusion.from_schedule("cosine", 50)
+    x_t, t, labels = torch.randn(4, 1, 8, 8), torch.tensor([1, 10, 40, 50]), torch.tensor([0, 1, 2, 3])
+    assert_close(network(x_t, t, labels), diffusion.noise_from_v(x_t, t, plain(x_t, t, labels)))
+
+
+def test_a_fresh_network_that_gives_v_passes_the_noisy_image_on():
+    network = UNet(channels=16, schedule="linear")
+    x_t, t = torch.randn(2, 1, 8, 8), torch.tensor([1, 1000])
+    diffusion = GaussianDiffusion.from_schedule("linear")
+    assert_close(network(x_t, t), diffusion.sqrt_one_minus_alphas_cumprod[t].view(2, 1, 1, 1) * x_t)
+
+
+def test_a_network_that_gives_v_is_saved_and_loaded_with_its_schedule(tmp_path):
+    network = UNet(channels=16, schedule="sigmoid", num_timesteps=60).eval()
+    network.save_pretrained(tmp_path)
+    x_t, t = torch.randn(2, 1, 8, 8), torch.tensor([5, 60])
+    assert_close(UNet.from_pretrained(tmp_path)(x_t, t), network(x_t, t))

@@ -1,0 +1,113 @@
+"""tools/bench.py: the peers are what their sources say, the matching matches, and the table is complete."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+TOOLS = Path(__file__).parents[1] / "tools"
+sys.path.insert(0, str(TOOLS))
+peers = pytest.importorskip("peers")
+recipe = pytest.importorskip("recipe")
+
+
+def bench(*arguments, timeout=900):
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(TOOLS / "bench.py"), *map(str, arguments)]
+    return subprocess.run(command, env=environment, text=True, capture_output=True, timeout=timeout)
+
+
+@pytest.mark.parametrize(("peer", "size", "gflop"), [
+    ("notebook", 2_020_257, 0.51), ("lucidrains", 2_026_137, 0.51), ("diffusers", 3_939_393, 0.82),
+])  # fmt: skip
+def test_default_peers_have_the_known_size(peer, size, gflop):
+    make, width, _ = peers.PEERS[peer]
+    model = make(width)
+    forward, training = peers.operations(model)
+    assert peers.parameters(model) == size
+    assert abs(forward / 1e9 - gflop) < 0.01
+    assert 2.9 < training / forward < 3.1
+
+
+def test_the_notebooks_network_predicts_noise_and_learns():
+    torch.manual_seed(0)
+    model, x = peers.NotebookUNet(12), torch.randn(2, 1, 28, 28)
+    pred_noise = model(x, torch.tensor([1, 1000]))
+    assert pred_noise.shape == x.shape
+    pred_noise.square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters() if p.ndim > 1)
+    assert not torch.equal(model(x, torch.tensor([1, 1])), model(x, torch.tensor([1000, 1000])))
+
+
+def test_standardised_filters_ignore_scale_and_mean():
+    torch.manual_seed(0)
+    conv, x = peers.StandardizedConv2d(3, 4, 3, padding=1, bias=False), torch.randn(2, 3, 8, 8)
+    before = conv(x)
+    conv.weight.data = 5 * conv.weight.data + 2
+    torch.testing.assert_close(conv(x), before, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("peer", peers.PEERS)
+@pytest.mark.parametrize("kind", ["operations", "parameters"])
+def test_matched_peers_cost_what_ours_costs(peer, kind):
+    measure = peers.parameters if kind == "parameters" else lambda model: peers.operations(model)[0]
+    matched = peers.PEERS[peer][0](peers.matched_width(peer, kind))
+    assert abs(measure(matched) / measure(peers.shipped_unet()) - 1) < 0.1
+
+
+def test_time_to_an_error_is_interpolated():
+    curve = [(0.0, 1.0), (10.0, 0.5), (20.0, 0.6), (30.0, 0.1)]
+    assert recipe.reach(curve, 0.75) == 5
+    assert recipe.reach(curve, 0.5) == 10
+    assert recipe.reach(curve, 0.35) == 25
+    assert recipe.reach(curve, 0.05) is None
+    assert recipe.reach(curve, 1.0) == 0
+
+
+def test_quick_writes_a_complete_table(tmp_path):
+    out = tmp_path / "table.json"
+    done = bench("--quick", "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert " = ops" in done.stdout and "measured peaks" in done.stdout
+    table = json.loads(out.read_text())
+    assert [path.name for path in tmp_path.iterdir()] == ["table.json"]
+    assert table["machine"]["cpu"] and table["machine"]["versions"]["torch"] == torch.__version__
+    assert len(table["candidates"]) == 4 and table["options"]["rounds"] == 2
+    for row in table["candidates"]:
+        for mode in ("train", "sample"):
+            for setting in ("eager", "fast"):
+                assert row[mode][setting]["images_per_second"]["median"] > 0, (row["name"], mode, setting)
+            assert row[mode]["ours_faster"]["best"]["q1"] <= row[mode]["ours_faster"]["best"]["q3"]
+    first = table["candidates"][0]
+    assert first["train"]["ours_faster"]["best"]["median"] == 1
+    assert first["step_memory"] > 1e6
+    assert table["best_peak"] > 1e9
+    assert table["goals"]["training_ratio_to_it"]["median"] > 0
+
+
+def test_quick_recipe_times_both(tmp_path):
+    out = tmp_path / "recipe.json"
+    done = bench("--recipe", "--quick", "--seconds", "1", "--out", out)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    for name, curve in result["curves"].items():
+        seconds = [s for s, _ in curve["seconds_and_error"]]
+        assert curve["steps"] > 0 and seconds == sorted(seconds), name
+    assert len(result["curves"]) == 3 and result["targets"]["100%"]["seconds"]["notebook"] > 0
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--rounds", "0"], ["--seconds", "3"], ["--recipe", "--seconds", "-1"], ["--out", "no-such-folder/a.json"],
+    ["--out", "a.txt"], ["--recipe", "--rounds", "2"], ["--nonsense"],
+])  # fmt: skip
+def test_bad_input_is_one_line_and_status_2(arguments, capsys):
+    import bench as module
+
+    with pytest.raises(SystemExit) as stopped:
+        module.main(arguments)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,294 @@
+"""What ``bench.py`` measures, and how: training steps, network evaluations, peaks, memory, in rounds."""
+
+import datetime
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peers import IMAGE, Candidate
+from torch import Tensor, nn
+
+from ddpm_tutorial.data import seeded_generator, to_model_range
+from ddpm_tutorial.diffusion import GaussianDiffusion, linear_beta_schedule
+from ddpm_tutorial.losses import noise_loss
+from ddpm_tutorial.training import TrainConfig, train
+from ddpm_tutorial.unet import UNet
+
+LIBRARIES = ("torch", "diffusers", "denoising-diffusion-pytorch", "accelerate", "einops")
+ENDLESS = 10**9
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a network is run. The loop, the batch and the optimiser's arithmetic are the same in all."""
+
+    channels_last: bool = False
+    bf16: bool = False
+    compile: bool = False
+    fused: bool = False
+
+
+def settings(device: torch.device, compile: bool) -> dict[str, Setting]:
+    """Eager float32 as the library builds it, and the fastest setting that we know for this device."""
+    cuda = device.type == "cuda"
+    return {"eager": Setting(), "fast": Setting(channels_last=True, bf16=cuda, compile=compile, fused=cuda)}
+
+
+# -------------------------------------------------------------------------------------------- what is measured
+def peer_steps(
+    model: nn.Module,
+    diffusion: GaussianDiffusion,
+    images: Tensor,
+    setting: Setting,
+    batch_size: int,
+    *,
+    lr: float = 1e-3,
+    loss: str = "l2",
+    grad_clip: float | None = 1.0,
+) -> Iterator[None]:
+    """DDPM algorithm 1 with any module of (x, t): the steps of ``ddpm_tutorial.training.train``, without EMA."""
+    device = images.device
+    layout = torch.channels_last if setting.channels_last else torch.contiguous_format
+    model.to(device, memory_format=layout).train()
+    run = torch.compile(model) if setting.compile else model
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True if setting.fused else None)
+    generator = seeded_generator(0, device=device)
+    while True:
+        index = torch.randint(len(images), (batch_size,), generator=generator, device=device)
+        t = torch.randint(1, diffusion.num_timesteps + 1, (batch_size,), generator=generator, device=device)
+        noise = torch.randn(batch_size, *images.shape[1:], generator=generator, device=device)
+        x_t = diffusion.q_sample(to_model_range(images[index]), t, noise).contiguous(memory_format=layout)
+        with torch.autocast(device.type, torch.bfloat16, enabled=setting.bf16):
+            pred_noise = run(x_t, t)
+        error = noise_loss(pred_noise.float(), noise, loss)
+        optimizer.zero_grad(set_to_none=True)
+        error.backward()
+        if grad_clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+        optimizer.step()
+        yield
+
+
+def our_steps(model: UNet, diffusion, images, labels, setting: Setting, batch_size: int) -> Iterator:
+    precision = "bf16" if setting.bf16 else "no"
+    config = TrainConfig(ENDLESS, batch_size, precision=precision, compile=setting.compile)
+    return train(model, diffusion, images, labels if model.num_classes else None, config)
+
+
+def training_task(candidate: Candidate, setting: Setting, batch_size: int, device: torch.device) -> Callable[[], None]:
+    """A call that takes one training step. Ours in its fast setting takes the package's own."""
+    torch.manual_seed(0)
+    images = torch.randint(256, (4 * batch_size, *IMAGE), dtype=torch.uint8).to(device)
+    labels = torch.randint(10, (len(images),), device=device)
+    diffusion = GaussianDiffusion(linear_beta_schedule(1000)).to(device)
+    model = candidate.build()
+    if candidate.family == "ours" and setting.channels_last:
+        steps = our_steps(model, diffusion, images, labels, setting, batch_size)
+    else:
+        steps = peer_steps(model, diffusion, images, setting, batch_size)
+    return lambda: next(steps)
+
+
+def sampling_task(candidate: Candidate, setting: Setting, batch_size: int, device: torch.device) -> Callable[[], None]:
+    """A call that evaluates the network once, as a sampler does."""
+    torch.manual_seed(0)
+    layout = torch.channels_last if setting.channels_last else torch.contiguous_format
+    model = candidate.build().to(device, memory_format=layout).eval()
+    run = torch.compile(model) if setting.compile else model
+    x = torch.randn(batch_size, *IMAGE, device=device).contiguous(memory_format=layout)
+    t = torch.full((batch_size,), 500, device=device)
+
+    @torch.no_grad()
+    def call():
+        with torch.autocast(device.type, torch.bfloat16, enabled=setting.bf16):
+            run(x, t)
+
+    return call
+
+
+def peak_tasks(device: torch.device, batch_size: int, quick: bool) -> dict[str, tuple[float, Callable[[], None]]]:
+    """Name → (operations a call, call): matrix products and 3×3 convolutions of several sizes, no gradients."""
+    found = {}
+    dtypes = {"float32": torch.float32} | ({"bfloat16": torch.bfloat16} if device.type == "cuda" else {})
+    sizes = [256] if quick else [4096, 8192] if device.type == "cuda" else [1024, 2048]
+    shapes = [(96, 7)] if quick else [(32, 28), (64, 28), (48, 14), (96, 14), (96, 7), (256, 14)]
+    for dtype_name, dtype in dtypes.items():
+        for n in sizes:
+            a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+            found[f"matmul {n}, {dtype_name}"] = (2 * n**3, lambda a=a, b=b: a @ b)
+        for width, size in shapes:
+            for layout in (torch.contiguous_format, torch.channels_last):
+                conv = nn.Conv2d(width, width, 3, padding=1, device=device, dtype=dtype).requires_grad_(False)
+                conv.to(memory_format=layout)
+                x = torch.randn(batch_size, width, size, size, device=device, dtype=dtype).to(memory_format=layout)
+                label = "channels_last" if layout is torch.channels_last else "contiguous"
+                name = f"conv3×3 {width} channels {size}×{size}, {dtype_name}, {label}"
+                found[name] = (2 * 9 * width**2 * size**2 * batch_size, lambda conv=conv, x=x: conv(x))
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ the rounds
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def timed(call: Callable[[], None], repeats: int, device: torch.device) -> tuple[float, float]:
+    """(wall-clock, this process's CPU) seconds a call."""
+    synchronise(device)
+    wall, cpu = time.perf_counter(), time.process_time()
+    for _ in range(repeats):
+        call()
+    synchronise(device)
+    return (time.perf_counter() - wall) / repeats, (time.process_time() - cpu) / repeats
+
+
+def reason(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
+
+
+def set_up(make: Callable[[], Callable[[], None]], device, quick: bool) -> tuple[Callable[[], None], int]:
+    """The call, warm, and how often it must be repeated to last about 0.2 s (one call is enough on a CPU)."""
+    call = make()
+    call()
+    seconds, _ = timed(call, 1, device) if not quick else (1.0, 0)
+    return call, min(200, max(1, round(0.2 / seconds)))
+
+
+def run_rounds(tasks: dict, rounds: int, device, quick: bool, after_round: Callable[[dict, dict], None]) -> None:
+    """``tasks``: key → a function that makes the call to time. A call that fails leaves the race."""
+    ready, failed = {}, {}
+    for i, (key, make) in enumerate(tasks.items()):
+        note(f"warming up {i + 1}/{len(tasks)}: {' · '.join(key)}")
+        try:
+            ready[key] = set_up(make, device, quick)
+        except Exception as error:  # a compiler that is missing, an operation without a kernel: reported in the table
+            failed[key] = reason(error)
+    times = {key: [] for key in ready}
+    for i in range(rounds):
+        keys = list(ready)
+        shift = i * len(keys) // rounds
+        note(f"round {i + 1}/{rounds}")
+        for key in keys[shift:] + keys[:shift]:
+            times[key].append(timed(*ready[key], device))
+        after_round(times, failed)
+    note("")
+
+
+def note(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median and quartiles, to four digits."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return {name: float(f"{v:.4g}") for name, v in (("median", middle), ("q1", low), ("q3", high))}
+
+
+# ------------------------------------------------------------------------------------------------------ memory
+def resident_peak(reset: bool = False) -> int:
+    """The largest resident set of this process, in bytes; on Linux since the last reset (proc(5), clear_refs)."""
+    if sys.platform == "linux":
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def step_memory(candidate: Candidate, setting: Setting, batch_size: int, cuda: bool) -> int:
+    """Bytes by which one training step raises the peak. On a CPU: of this process, which does nothing else."""
+    device = torch.device("cuda" if cuda else "cpu")
+    step = training_task(candidate, setting, batch_size, device)
+    if not cuda:
+        before = resident_peak(reset=True)
+        step()
+        return resident_peak() - before
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def in_fresh_process(function: Callable, *arguments) -> object:
+    """What the function returns in a new process; an exception there, or its death, is raised here as RuntimeError."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(sender, function, *arguments), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        value = receiver.recv()
+    except EOFError:
+        value = RuntimeError("the process that measured it died")
+    process.join()
+    if isinstance(value, RuntimeError):
+        raise value
+    return value
+
+
+def _send(sender, function: Callable, *arguments) -> None:
+    try:
+        value = function(*arguments)
+    except Exception as error:
+        value = RuntimeError(reason(error))
+    sender.send(value)
+
+
+def memory_of(nets: list[Candidate], setting: Setting, batch_size: int, device: torch.device) -> list[int | str]:
+    """``step_memory`` of each, or why there is none."""
+    found = []
+    for net in nets:
+        note(f"memory {len(found) + 1}/{len(nets)}")
+        try:
+            if device.type == "cuda":
+                found.append(step_memory(net, setting, batch_size, True))
+            else:
+                found.append(in_fresh_process(step_memory, net, setting, batch_size, False))
+        except Exception as error:
+            found.append(reason(error))
+    note("")
+    return found
+
+
+# ---------------------------------------------------------------------------------------------- the report's parts
+def machine(device: torch.device) -> dict:
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        cpu = next((r.split(":")[1].strip() for r in info.read_text().splitlines() if r.startswith("model name")), cpu)
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+    }
+
+
+def write_json(path: Path, result: dict) -> None:
+    aside = path.with_name(f".writing-{os.getpid()}-{path.name}")
+    try:
+        aside.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)

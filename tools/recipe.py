@@ -1,0 +1,140 @@
+"""How long our whole recipe and the Hugging Face notebook's take to the same held-out error: ``bench.py --recipe``."""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from measure import Setting, machine, note, peer_steps, synchronise, write_json
+from peers import NotebookUNet
+from torch import Tensor, nn
+
+from ddpm_tutorial.data import load_fashion_mnist, seeded_generator, to_model_range
+from ddpm_tutorial.diffusion import SHIPPED_WEIGHTS, GaussianDiffusion, linear_beta_schedule
+from ddpm_tutorial.training import TrainConfig, train
+from ddpm_tutorial.unet import UNet
+
+
+class Racer:
+    """A training run that advances by slices of its own time, and its error after each."""
+
+    def __init__(self, name: str, steps: Iterator, network: Callable[[], nn.Module], budget: float):
+        self.name, self.steps, self.network, self.budget = name, steps, network, budget
+        self.seconds, self.count, self.done = 0.0, 0, False
+        self.curve: list[tuple[float, float]] = []
+
+    def advance(self, until: float, device: torch.device) -> None:
+        began, before = time.perf_counter(), self.seconds
+        while self.seconds < until and not self.done:
+            self.done = next(self.steps, self) is self
+            self.count += not self.done
+            synchronise(device)
+            self.seconds = before + time.perf_counter() - began
+
+
+def reach(curve: list[tuple[float, float]], target: float) -> float | None:
+    """The first time at which the curve of (seconds, error) is at ``target``, linear between its points."""
+    for (s0, e0), (s1, e1) in zip([curve[0], *curve], curve, strict=False):
+        if e1 <= target:
+            return s1 if e0 <= target else s0 + (s1 - s0) * (e0 - target) / (e0 - e1)
+    return None
+
+
+def held_out_error(images: Tensor, diffusion: GaussianDiffusion, device) -> Callable[[nn.Module], float]:
+    """Mean squared noise error on the images, at stratified t and with noise that never change."""
+    x_0, n = to_model_range(images), len(images)
+    generator = seeded_generator(2026)
+    t = (1 + (torch.arange(n) * diffusion.num_timesteps) // n)[torch.randperm(n, generator=generator)].to(device)
+    noise = torch.randn(x_0.shape, generator=generator).to(device)
+    x_t = diffusion.q_sample(x_0.to(device), t, noise)
+
+    @torch.no_grad()
+    def error(model: nn.Module) -> float:
+        training = model.training
+        model.eval()
+        pairs = zip(x_t.split(100), t.split(100), noise.split(100), strict=True)
+        total = sum((model(x, s) - e).square().mean(dim=(1, 2, 3)).sum() for x, s, e in pairs)
+        model.train(training)
+        return float(total) / n
+
+    return error
+
+
+def our_recipe(budget: float, name: str, diffusion, images: Tensor, seconds_per_step: float) -> Racer:
+    """The package's recipe, as the shipped weights were trained, scaled to ``budget`` seconds, without classes."""
+    shipped = json.loads((SHIPPED_WEIGHTS / "training.json").read_text())["config"]
+    known = {field.name for field in fields(TrainConfig)}
+    steps = max(2, round(budget / seconds_per_step))
+    options = {k: v for k, v in shipped.items() if k in known} | {
+        "num_train_steps": steps,
+        "warmup_steps": min(200, steps // 20),
+        "precision": "bf16" if images.is_cuda else "no",
+    }
+    torch.manual_seed(0)
+    model = UNet(**json.loads((SHIPPED_WEIGHTS / "config.json").read_text()) | {"num_classes": None}).to(images.device)
+    states, latest = train(model, diffusion, images, None, TrainConfig(**options)), []
+
+    def watched() -> Iterator:
+        for state in states:
+            latest[:] = [state]
+            yield state
+
+    return Racer(name, watched(), lambda: latest[0].ema.module if latest else model, budget)
+
+
+def recipe_benchmark(args: argparse.Namespace, device: torch.device) -> None:
+    """Ours in two budgets, the whole time and a fifth of it: a schedule that ends at its budget has its best error
+    there, so the shorter run shows what a fifth of the time is worth."""
+    source = os.environ.get("DDPM_TUTORIAL_DATA") or "sample"
+    images = load_fashion_mnist("train", source).images.to(device)
+    test_images = load_fashion_mnist("test", source).images[: 20 if args.quick else 500]
+    diffusion = GaussianDiffusion(linear_beta_schedule(1000)).to(device)
+    error = held_out_error(test_images, diffusion, device)
+    probe = our_recipe(1e6, "probe", diffusion, images, 1.0)
+    probe.advance(1e-9, device)
+    warm, count = probe.seconds, 2 if args.quick else 10
+    for _ in range(count):
+        probe.advance(probe.seconds + 1e-9, device)
+    pace = (probe.seconds - warm) / count
+    torch.manual_seed(0)
+    net, batch = NotebookUNet(), 16 if args.quick else 128
+    steps = peer_steps(net, diffusion, images, Setting(), batch, loss="huber", grad_clip=None)
+    net.to(device)
+    theirs = Racer("notebook", steps, lambda: net, args.seconds)
+    ours = [our_recipe(args.seconds * share, name, diffusion, images, pace)
+            for share, name in ((1, "ours, the same time"), (0.2, "ours, a fifth of the time"))]  # fmt: skip
+    racers, checkpoints = [theirs, *ours], 4 if args.quick else 20
+    for i in range(checkpoints + 1):
+        note(f"checkpoint {i}/{checkpoints}")
+        for racer in racers:
+            racer.advance(racer.budget * i / checkpoints, device)
+            racer.curve.append((round(racer.seconds, 3), round(error(racer.network()), 6)))
+    for racer in ours:  # the schedule's end, where the pace was overestimated
+        racer.advance(1.5 * racer.budget, device)
+        racer.curve.append((round(racer.seconds, 3), round(error(racer.network()), 6)))
+    note("")
+    targets = {}
+    for share in (0.25, 0.5, 1.0):
+        level = min(e for s, e in theirs.curve if s <= max(share * theirs.seconds, theirs.curve[1][0]))
+        took = {racer.name: reach(racer.curve, level) for racer in racers}
+        base = took["notebook"] or None  # 0: it never got better than at its start
+        shares = {k: round(v / base, 4) if base and v is not None else None for k, v in took.items()}
+        targets[f"{share:.0%}"] = {"error": level, "seconds": took, "share_of_notebook_time": shares}
+    result = {
+        "machine": machine(device),
+        "options": {"seconds": args.seconds, "data": Path(source).name, "images": len(images), "quick": args.quick},
+        "curves": {r.name: {"steps": r.count, "seconds_and_error": r.curve} for r in racers},
+        "targets": targets,
+    }
+    write_json(args.out, result)
+    print(f"\nheld-out noise error after seconds of training, {len(images)} training images, {args.seconds} s each")
+    for racer in racers:
+        print(f"  {racer.name:26s}{racer.count:6d} steps: " + " ".join(f"{s:.0f}s {e:.4f}" for s, e in racer.curve))
+    print("time to the notebook's error:")
+    for name, entry in targets.items():
+        told = ", ".join(f"{k} {'not reached' if v is None else f'{v:.1f} s'}" for k, v in entry["seconds"].items())
+        print(f"  at {name} of its time, {entry['error']:.4f}: {told}; share {entry['share_of_notebook_time']}")
