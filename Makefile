@@ -6,7 +6,7 @@ DATA ?= hub
 OUT ?= runs/train
 
 .DEFAULT_GOAL := help
-.PHONY: help book test train lab notebooks clean
+.PHONY: help book test train bench lab notebooks clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
@@ -27,7 +27,10 @@ test: .venv/ready  ## everything that must hold: lint, unit tests, notebooks, th
 	@$(BIN)/python tools/check.py lint tests book notebooks site
 
 train: .venv/ready  ## train on the full data with the best device found
-	@$(BIN)/ddpm-tutorial train --data $(DATA) --out $(OUT) $(if $(wildcard $(OUT)/state.safetensors),--resume)
+	@$(BIN)/ddpm-tutorial train --data $(DATA) --out $(OUT) $(if $(wildcard $(OUT)/state.safetensors),--resume,--target v --lr 2e-3)
+
+bench: .venv/ready  ## measure speed against other libraries' networks
+	@$(BIN)/python tools/bench.py
 
 lab: .venv/ready  ## open JupyterLab on the chapters
 	@$(BIN)/jupyter lab book

@@ -5,6 +5,7 @@ what the Fréchet distance, the kernel distance, the Inception Score, precision 
 """
 
 import contextlib
+import io
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,7 +53,8 @@ class Classifier(nn.Module, PyTorchModelHubMixin, library_name="ddpm-tutorial", 
     @classmethod
     def from_pretrained(cls, folder_or_hub_name: str | Path = SHIPPED_CLASSIFIER, **options) -> "Classifier":
         """The classifier saved in a folder or on the hub (default: the shipped one), in evaluation mode."""
-        return super().from_pretrained(str(folder_or_hub_name), strict=True, **options)
+        with contextlib.redirect_stdout(io.StringIO()):  # the mixin prints where it loads from
+            return super().from_pretrained(str(folder_or_hub_name), strict=True, **options)
 
 
 def train_classifier(

@@ -14,6 +14,7 @@ from diffusers.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from ddpm_tutorial.diffusion import GaussianDiffusion
 from ddpm_tutorial.plotting import draw_unet
 from ddpm_tutorial.unet import (
     Downsample,

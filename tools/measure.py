@@ -23,7 +23,7 @@ from ddpm_tutorial.losses import noise_loss
 from ddpm_tutorial.training import TrainConfig, train
 from ddpm_tutorial.unet import UNet
 
-LIBRARIES = ("torch", "diffusers", "denoising-diffusion-pytorch", "accelerate", "einops")
+LIBRARIES = ("diffusers", "denoising-diffusion-pytorch", "accelerate", "einops")
 ENDLESS = 10**9
 
 
@@ -280,7 +280,7 @@ def machine(device: torch.device) -> dict:
         "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "versions": {"torch": torch.__version__} | {name: importlib.metadata.version(name) for name in LIBRARIES},
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
     }
 

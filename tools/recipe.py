@@ -119,7 +119,7 @@ def recipe_benchmark(args: argparse.Namespace, device: torch.device) -> None:
     note("")
     targets = {}
     for share in (0.25, 0.5, 1.0):
-        level = min(e for s, e in theirs.curve if s <= max(share * theirs.seconds, theirs.curve[1][0]))
+        level = min(e for s, e in theirs.curve[1:] if s <= max(share * theirs.seconds, theirs.curve[1][0]))
         took = {racer.name: reach(racer.curve, level) for racer in racers}
         base = took["notebook"] or None  # 0: it never got better than at its start
         shares = {k: round(v / base, 4) if base and v is not None else None for k, v in took.items()}
