@@ -247,12 +247,12 @@ def test_loss_that_is_not_finite_leaves_a_checkpoint_that_goes_on(data, tmp_path
     options = {"checkpoint_every": 2, "sample_every": 0}
     whole = tmp_path / "whole"
     train_to_folder(*new_run(), *data, CONFIG, whole, **options)
-    good = training.noise_loss
+    good = training.target_loss
     count = iter(range(100))
-    monkeypatch.setattr(training, "noise_loss", lambda *a: good(*a) * (float("nan") if next(count) == 4 else 1))
+    monkeypatch.setattr(training, "target_loss", lambda *a: good(*a) * (float("nan") if next(count) == 4 else 1))
     with pytest.raises(FloatingPointError, match="step 5: the loss is nan"):
         train_to_folder(*new_run(), *data, CONFIG, tmp_path / "broken", **options)
-    monkeypatch.setattr(training, "noise_loss", good)
+    monkeypatch.setattr(training, "target_loss", good)
     train_to_folder(*new_run(), *data, CONFIG, tmp_path / "broken", resume=True, **options)
     assert torch.equal(weights(UNet.from_pretrained(whole)), weights(UNet.from_pretrained(tmp_path / "broken")))
 
@@ -267,6 +267,7 @@ def test_finished_run_resumes_to_nothing(data, tmp_path):
     [
         ("num_train_steps", 0), ("batch_size", 0), ("lr", 0.0), ("lr", float("nan")), ("lr", -1.0),
         ("warmup_steps", -1), ("grad_clip", 0.0), ("ema_decay", 1.0), ("label_dropout", 1.5), ("loss", "l3"),
+        ("target", "x_0"),
         ("optimizer", "sgd"), ("precision", "fp8"), ("seed", -1), ("weight_decay", -0.1),
     ],
 )  # fmt: skip
