@@ -123,3 +123,14 @@ def test_dark_theme_changes_the_page(open_page):
         page.evaluate(f"() => {{ document.documentElement.dataset.theme = '{scheme}' }}")
         colors.append(page.evaluate("() => getComputedStyle(document.body).backgroundColor"))
     assert colors[0] != colors[1]
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_wide_formulas_scroll_from_their_beginning(open_page, name):
+    page = open_page(name, width=400)
+    page.wait_for_selector("mjx-container[display=true]")
+    cut = page.evaluate(
+        """() => [...document.querySelectorAll("div.math mjx-container[display=true]")].filter(formula =>
+        formula.getBoundingClientRect().left < formula.parentElement.getBoundingClientRect().left - 1).length"""
+    )
+    assert cut == 0
