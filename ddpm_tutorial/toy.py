@@ -202,8 +202,8 @@ class PointDenoiser(nn.Module):
         super().__init__()
         self.num_timesteps = num_timesteps
         self.net = nn.Sequential(
-            nn.Linear(3, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
-            nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2),
+            nn.Linear(3, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(),
+            nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2),
         )  # fmt: skip
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
@@ -217,9 +217,9 @@ def train_points(
     diffusion: GaussianDiffusion,
     sample: Callable[[int, torch.Generator | None], Tensor],
     *,
-    num_train_steps: int = 2500,
+    num_train_steps: int = 3000,
     batch_size: int = 256,
-    lr: float = 2e-2,
+    lr: float = 1e-2,
     weights: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Iterator[float]:
