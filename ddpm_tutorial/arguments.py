@@ -36,6 +36,13 @@ RUN_DEFAULTS = {
 }
 
 
+def at_least(least: int, **options: int) -> None:
+    """ValueError for an option below ``least``."""
+    for name, value in options.items():
+        if value < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+
+
 def add_sampling_options(parser) -> None:
     parser.add_argument("--sampler", default="ddim", metavar="X", help="ddim, ddpm, heun or dpmpp-2m (default: ddim)")
     parser.add_argument(
@@ -146,6 +153,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     samples = evaluate.add_argument_group("with --metric samples")
     samples.add_argument("--samples", type=Path, metavar="FILE.npz", help="judge these instead of drawing new ones")
+    samples.add_argument("--repeats", type=int, default=1, metavar="R", help="sets of samples to draw (default: 1)")
     add_sampling_options(samples)
     evaluate.add_argument("--out", type=Path, help="also write the figures to FILE.json")
     return parser

@@ -7,6 +7,7 @@ what the Fréchet distance, the kernel distance, the Inception Score, precision 
 import contextlib
 import io
 import warnings
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -174,43 +175,34 @@ def label_agreement(logits: Tensor, labels: Tensor) -> float:
     return (logits.argmax(1) == labels).double().mean().item()
 
 
-def compare(
-    generated: Seen, labels: Tensor, reference: Seen, real: Seen, real_labels: Tensor, seed: int = 0
-) -> dict[str, dict[str, float] | float]:
-    """Every figure of ``generated`` images made for ``labels``, and the same of as many of the ``real`` held-out ones,
-    chosen at random: {"generated": {name: figure}, "real": {name: figure}, "frechet_ratio": one over the other}.
+def sample_figures(seen: Seen, labels: Tensor, reference: Seen, seed: int = 0) -> dict[str, float]:
+    """Every figure of N images made for ``labels`` (N,), beside ``reference`` images (training images, at least N).
 
-    Distances are to ``reference`` (training images). Precision and recall are taken against the chosen real images;
-    for those, against as many of the reference. ValueError where there are fewer real images than generated ones.
+    Distances are to all of the reference; precision and recall to N of them, chosen at random.
     """
-    count = len(generated.features)
-    if min(len(real.features), len(reference.features)) < count:
-        raise ValueError(
-            f"{count} samples need as many real images beside them; there are {len(real.features)} held-out ones "
-            f"and {len(reference.features)} for reference"
-        )
-    generator = seeded_generator(seed)
-    held_out = torch.randperm(len(real.features), generator=generator)[:count]
-    others = torch.randperm(len(reference.features), generator=generator)[:count]
-    beside = real.features[held_out]
+    count = len(seen.features)
+    if len(reference.features) < count:
+        raise ValueError(f"{count} images need as many for reference, got {len(reference.features)}")
+    chosen = torch.randperm(len(reference.features), generator=seeded_generator(seed))[:count]
+    precision, recall = precision_recall(reference.features[chosen], seen.features)
+    return {
+        "frechet_distance": frechet_distance(reference.features, seen.features),
+        "kernel_distance": kernel_distance(reference.features, seen.features, seed=seed)[0],
+        "inception_score": inception_score(seen.logits),
+        "precision": precision,
+        "recall": recall,
+        "label_agreement": label_agreement(seen.logits, labels),
+    }
 
-    def figures(features: Tensor, logits: Tensor, labels: Tensor, against: Tensor) -> dict[str, float]:
-        kernel = kernel_distance(reference.features, features, seed=seed)
-        precision, recall = precision_recall(against, features)
-        return {
-            "frechet_distance": frechet_distance(reference.features, features),
-            "kernel_distance": kernel[0],
-            "kernel_distance_deviation": kernel[1],
-            "inception_score": inception_score(logits),
-            "precision": precision,
-            "recall": recall,
-            "label_agreement": label_agreement(logits, labels),
-        }
 
-    made = figures(generated.features, generated.logits, labels, beside)
-    floor = figures(beside, real.logits[held_out], real_labels[held_out], reference.features[others])
-    ratio = made["frechet_distance"] / floor["frechet_distance"]
-    return {"generated": made, "real": floor, "frechet_ratio": ratio}
+def accuracy_trained_on(images: Tensor, labels: Tensor, test_images: Tensor, test_labels: Tensor) -> float:
+    """A new classifier learns from these uint8 images (N, C, H, W) and labels (N,); its accuracy on the test images.
+    Missing kinds of images cost accuracy, and so do wrong ones (Ravuri, Vinyals, 2019, arXiv:1905.10887)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Classifier(in_channels=images.shape[1])
+        deque(train_classifier(model, images, labels, batch_size=min(128, len(images))), maxlen=0)
+    return label_agreement(look(test_images, model).logits, test_labels)
 
 
 def nearest_neighbours(queries: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,8 +19,8 @@ from PIL import Image
 
 from ddpm_tutorial import arguments, cli
 from ddpm_tutorial.checkpoint import STATE_FILE
-from ddpm_tutorial.cli import parse_label
 from ddpm_tutorial.data import CLASS_NAMES, load_fashion_mnist
+from ddpm_tutorial.trained import parse_label
 from ddpm_tutorial.training import TrainConfig
 from ddpm_tutorial.unet import UNet
 
@@ -385,23 +385,29 @@ def test_evaluate_judges_given_samples_beside_real_images(tmp_path):
     printed = run("evaluate", *arguments, "--out", tmp_path / "figures.json").stdout
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["num_images"] == 300 and figures["num_train_images"] == 5000
-    assert figures["generated"]["label_agreement"] > 0.85 and figures["real"]["label_agreement"] > 0.85
+    generated, real = figures["generated"], figures["real"]
+    assert generated["label_agreement"]["mean"] > 0.85 and real["label_agreement"]["mean"] > 0.85
+    assert generated["label_agreement"]["deviation"] is None and real["label_agreement"]["deviation"] > 0
     assert 0.3 < figures["frechet_ratio"] < 3  # real images: about the distance of other real images
-    assert "label_agreement" in printed
+    assert generated["nearest_training_image"]["mean"] == 0 < real["nearest_training_image"]["mean"]  # found out
+    assert all(set(generated) == set(real) and f["accuracy_trained_on"]["mean"] > 0.4 for f in (generated, real))
+    assert all(name in printed for name in generated)
 
 
 def test_evaluate_draws_samples_of_the_checkpoint(trained, tmp_path):
     run("evaluate", "--checkpoint", trained, "--metric", "samples", "--data", "sample", "--num-images", 100,
-        "--sampler", "dpmpp-2m", "--num-inference-steps", 2, "--out", tmp_path / "figures.json")  # fmt: skip
+        "--repeats", 2, "--sampler", "dpmpp-2m", "--num-inference-steps", 2, "--out", tmp_path / "figures.json")  # fmt: skip
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["frechet_ratio"] > 3  # hardly trained at all
-    assert (figures["sampler"], figures["num_inference_steps"]) == ("dpmpp-2m", 2)
+    assert (figures["sampler"], figures["num_inference_steps"], figures["repeats"]) == ("dpmpp-2m", 2, 2)
+    assert figures["generated"]["inception_score"]["deviation"] > 0
 
 
 def test_bad_input_of_evaluate_samples(trained, tmp_path, fails):
     arguments = ["evaluate", "--checkpoint", trained, "--metric", "samples", "--data", "sample"]
-    assert "97 … 1000 for --metric samples, got 96" in fails(*arguments, "--num-images", 96)
+    assert "between 97 and 1000 images can be judged beside this data, got 96" in fails(*arguments, "--num-images", 96)
     assert "got 1001" in fails(*arguments, "--num-images", 1001)
+    assert "--repeats must be at least 1, got 0" in fails(*arguments, "--repeats", 0)
     (tmp_path / "no.npz").write_bytes(b"PK no zip")
     assert "is not a FILE.npz" in fails(*arguments, "--samples", tmp_path / "no.npz")
     np.savez(tmp_path / "other.npz", images=np.zeros((3, 28, 28)), labels=np.zeros(3))

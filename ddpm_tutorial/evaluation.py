@@ -1,0 +1,113 @@
+"""What ``ddpm-tutorial evaluate`` measures: the bound of real images; what a classifier sees in samples (chapter 8)."""
+
+import statistics
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .arguments import at_least
+from .data import CLASS_NAMES, load_images, seeded_generator, to_model_range
+from .elbo import bits_per_dim, mean_and_error
+from .metrics import Classifier, accuracy_trained_on, look, nearest_neighbours, sample_figures
+from .trained import Trained, draw_images, read_samples
+
+REAL_REPEATS = 10  # random subsets of the test set for the real floor
+
+
+def measure_bits(
+    trained: Trained, data: str | None, num_images: int, seed: int, split: str, num_steps: int, **_
+) -> dict:
+    """Print the bound of real images, term by term, and return the figures."""
+    at_least(0, num_steps=num_steps)
+    channels, height, width = trained.image_shape
+    images = load_images(data, split, height if height == width else None, channels).images
+    if num_images > len(images):
+        raise ValueError(f"--num-images must be at most {len(images)}, the size of the {split} split; got {num_images}")
+    generator = seeded_generator(seed)
+    chosen = torch.randperm(len(images), generator=generator)[: num_images or len(images)]
+    x_0 = to_model_range(images[chosen]).to(trained.device)
+    result = bits_per_dim(
+        trained.model, trained.diffusion, x_0, generator, num_steps=num_steps or None, progress=True
+    )
+
+    first = (result.terms * (result.timesteps == 1)) @ result.weights
+    middle = result.total - result.prior - first
+    parts = {"total": result.total, "L_T": result.prior, "L_1_to_T-1": middle, "L_0": first}
+    names = ("mean", "standard_error")
+    figures = {part: dict(zip(names, mean_and_error(bits), strict=True)) for part, bits in parts.items()}
+    print(f"bits/dim without labels, {len(x_0)} {split} images, {len(result.weights)} timesteps each:")
+    for name, figure in figures.items():
+        print(f"  {name:10s} {figure['mean']:8.4f} ± {figure['standard_error']:.4f}")
+    return {"split": split, "num_images": len(x_0), "num_steps": len(result.weights), "bits_per_dim": figures}
+
+
+def measure_samples(
+    trained: Trained, data: str | None, num_images: int, seed: int, samples: Path | None, repeats: int, sampler: str,
+    num_inference_steps: int | None, guidance_scale: float, **_,
+) -> dict:  # fmt: skip
+    """Print the figures of samples beside those of as many real test images, and return them.
+
+    ``repeats`` sets of samples are drawn; the real ones are random subsets of the test set. Each figure is a mean and
+    a standard deviation over the sets (over one set, for the classifier trained on them).
+    """
+    if list(trained.class_names) != list(CLASS_NAMES) or trained.image_shape != (1, 28, 28):
+        raise ValueError("--metric samples knows Fashion-MNIST only: its classifier was trained on those ten classes")
+    at_least(1, repeats=repeats)
+    train, test = load_images(data, "train"), load_images(data, "test")
+    classifier = Classifier.from_pretrained().to(trained.device)
+    if samples is None:
+        made = {"sampler": sampler, "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        count = num_images or len(test.images)
+    elif repeats > 1:
+        raise ValueError("--repeats draws new samples; it does not go with --samples")
+    else:
+        made, drawn = {"samples": samples.name}, [read_samples(samples)]
+        count = len(drawn[0][0])
+    least = classifier.num_features + 1
+    if not least <= count <= len(test.images):
+        raise ValueError(f"between {least} and {len(test.images)} images can be judged beside this data, got {count}")
+    if samples is None:
+        labels = torch.arange(count) % len(CLASS_NAMES)
+        options = (sampler, num_inference_steps, guidance_scale)
+        drawn = [(draw_images(trained, labels, *options, seed + i), labels) for i in range(repeats)]
+
+    reference = look(train.images, classifier)
+
+    def judge(images: Tensor, labels: Tensor) -> dict[str, float]:
+        distances, _ = nearest_neighbours(images[:1000], train.images)
+        figures = sample_figures(look(images, classifier), labels, reference, seed)
+        return figures | {"nearest_training_image": distances.median().item()}
+
+    def subset(size: int, number: int) -> Tensor:
+        return torch.randperm(size, generator=seeded_generator(seed, number))[:count]
+
+    held_out = [subset(len(test.images), i) for i in range(REAL_REPEATS if count < len(test.images) else 1)]
+    generated = spread([judge(*images_and_labels) for images_and_labels in drawn])
+    real = spread([judge(test.images[i], test.labels[i]) for i in held_out])
+    others = subset(len(train.images), 0)
+    for figures, images, labels in (generated, *drawn[0]), (real, train.images[others], train.labels[others]):
+        accuracy = accuracy_trained_on(images, labels, test.images, test.labels)
+        figures["accuracy_trained_on"] = {"mean": accuracy, "deviation": None}
+    ratio = generated["frechet_distance"]["mean"] / real["frechet_distance"]["mean"]
+    print_figures(generated, real, count, len(train.images))
+    print(f"  Fréchet distance over the real one: {ratio:.1f}")
+    sizes = {"num_images": count, "repeats": len(drawn), "num_train_images": len(train.images)}
+    return made | sizes | {"generated": generated, "real": real, "frechet_ratio": ratio}
+
+
+def spread(sets: list[dict[str, float]]) -> dict[str, dict[str, float | None]]:
+    """Mean and standard deviation of each figure over several sets; the deviation of one set is None."""
+    table = {name: [figures[name] for figures in sets] for name in sets[0]}
+    return {
+        name: {"mean": statistics.mean(v), "deviation": statistics.stdev(v) if len(v) > 1 else None}
+        for name, v in table.items()
+    }
+
+
+def print_figures(generated: dict, real: dict, count: int, num_train_images: int) -> None:
+    print(f"{count} samples, beside as many real test images; distances to {num_train_images} training images:")
+    for name, figure in generated.items():
+        told = ["{mean:9.4f}".format(**f) + (f" ± {f['deviation']:.4f}" if f["deviation"] is not None else " " * 9)
+                for f in (figure, real[name])]  # fmt: skip
+        print(f"  {name:24s} {told[0]}   real {told[1]}".rstrip())
