@@ -24,7 +24,7 @@ book: .venv/ready  ## run every notebook and build the site
 	@$(BIN)/python tools/check.py book
 
 test: .venv/ready  ## everything that must hold: lint, unit tests, notebooks, the book
-	@$(BIN)/python tools/check.py lint tests book notebooks site
+	@$(BIN)/python tools/check.py lint tests notebooks pages site
 
 train: .venv/ready  ## train on the full data with the best device found
 	@$(BIN)/ddpm-tutorial train --data $(DATA) --out $(OUT) $(if $(wildcard $(OUT)/state.safetensors),--resume,--target v --lr 2e-3)

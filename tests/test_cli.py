@@ -396,7 +396,8 @@ def test_evaluate_judges_given_samples_beside_real_images(tmp_path):
 
 def test_evaluate_draws_samples_of_the_checkpoint(trained, tmp_path):
     run("evaluate", "--checkpoint", trained, "--metric", "samples", "--data", "sample", "--num-images", 100,
-        "--repeats", 2, "--sampler", "dpmpp-2m", "--num-inference-steps", 2, "--out", tmp_path / "figures.json")  # fmt: skip
+        "--repeats", 2, "--sampler", "dpmpp-2m", "--num-inference-steps", 2,
+        "--out", tmp_path / "figures.json")  # fmt: skip
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["frechet_ratio"] > 3  # hardly trained at all
     assert (figures["sampler"], figures["num_inference_steps"], figures["repeats"]) == ("dpmpp-2m", 2, 2)
