@@ -35,7 +35,7 @@ STAGES = {
         "nbval: committed outputs equal fresh ones",
         [*PYTEST, "loadfile", "--nbval", "--nbval-cell-timeout=300", *NOTEBOOKS],
     ),
-    "site": ("the built site, in a browser where Chromium is installed", [*PYTEST, "worksteal", "-rs", "tests/test_site.py"]),
+    "site": ("the built site, in a browser (Chromium)", [*PYTEST, "worksteal", "-rs", "tests/test_site.py"]),
 }
 
 
