@@ -14,7 +14,7 @@ CONFIG_HELP = {
     "weight_decay": "weight decay",
     "grad_clip": "largest norm of the gradient",
     "ema_decay": "decay of the averaged weights that sample",
-    "target": "noise, drawing t uniformly (DDPM's L_simple), or v, drawing its angle uniformly",
+    "target": "what layers and loss are about: noise or x_0, drawing t uniformly, or v, drawing its angle uniformly",
     "loss": "l2, l1 or huber",
     "label_dropout": "share of labels dropped, for classifier-free guidance",
     "precision": "no (float32), bf16 or fp16 autocast; the last two are for GPUs",

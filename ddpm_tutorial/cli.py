@@ -76,7 +76,8 @@ def run_train(
         num_res_blocks=run["num_res_blocks"],
         patch_size=run["patch_size"],
         num_classes=None if labels is None else len(data.class_names),
-        schedule=run["schedule"] if config.target == "v" else None,
+        target=config.target,
+        schedule=run["schedule"],
         num_timesteps=run["num_timesteps"],
     )
     place = processes()

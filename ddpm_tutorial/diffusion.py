@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 SHIPPED_WEIGHTS = Path(__file__).parent / "weights"  # the checkpoint that comes with the package
+TARGETS = ("noise", "v", "x_0")  # what a network may learn: one gives the others (chapter 3)
 MAX_SQRT_ALPHA_BAR_T = 0.05  # above this, x_T still shows the data and is not the N(0, I) that sampling starts from
 
 

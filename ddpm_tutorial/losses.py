@@ -4,9 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .diffusion import GaussianDiffusion
+from .diffusion import TARGETS, GaussianDiffusion
 
-TARGETS = ("noise", "v")
 LOSSES = {"l2": F.mse_loss, "l1": F.l1_loss, "huber": F.smooth_l1_loss}
 
 
@@ -23,22 +22,25 @@ def noise_loss(pred_noise: Tensor, noise: Tensor, kind: str = "l2") -> Tensor:
 def target_loss(
     pred_noise: Tensor, noise: Tensor, t: Tensor, diffusion: GaussianDiffusion, target: str = "noise", kind: str = "l2"
 ) -> Tensor:
-    """``noise_loss`` of the noise ("noise"), or of v ("v"), whose error is v − v_θ = (ε − ε_θ) / √ᾱ_t: the same mistake
-    counts 1/ᾱ_t times as much under "l2". (B, …), (B, …), t (B,) in 1 … T; a scalar out.
+    """``noise_loss`` of the noise ("noise"), of v ("v") or of x_0 ("x_0"). The errors of one prediction are multiples
+    of each other: v_θ − v = (ε_θ − ε) / √ᾱ_t and x_θ − x_0 = −(ε_θ − ε) √(1 − ᾱ_t) / √ᾱ_t (chapter 3).
+    (B, …), (B, …), t (B,) in 1 … T; a scalar out.
     """
     _check_target(target)
-    if target == "v":
-        signal = diffusion.at(diffusion.sqrt_alphas_cumprod, t, noise)
-        pred_noise, noise = pred_noise / signal, noise / signal
+    if target != "noise":
+        factor = 1 / diffusion.at(diffusion.sqrt_alphas_cumprod, t, noise)
+        if target == "x_0":
+            factor = factor * diffusion.at(diffusion.sqrt_one_minus_alphas_cumprod, t, noise)
+        pred_noise, noise = factor * pred_noise, factor * noise
     return noise_loss(pred_noise, noise, kind)
 
 
 def timestep_probabilities(diffusion: GaussianDiffusion, target: str = "noise") -> Tensor:
-    """How often training draws each timestep, (T + 1,), float64; entry 0 is 0, the sum 1. For "noise" all alike (DDPM
-    algorithm 1). For "v" in proportion to the angle φ_t − φ_{t−1} by which x_t = cos φ_t · x_0 + sin φ_t · ε turns.
+    """How often training draws each timestep, (T + 1,), float64; entry 0 is 0, the sum 1. For "noise" and "x_0" all
+    alike (DDPM algorithm 1). For "v" in proportion to φ_t − φ_{t−1}, where x_t = cos φ_t · x_0 + sin φ_t · ε.
     """
     _check_target(target)
-    if target == "noise":
+    if target != "v":
         shares = torch.ones(diffusion.num_timesteps + 1, dtype=torch.float64)
         shares[0] = 0
     else:

@@ -34,9 +34,9 @@ from .checkpoint import (
     written_aside,
 )
 from .data import batch_indices, seeded_generator, to_model_range
-from .diffusion import GaussianDiffusion
+from .diffusion import TARGETS, GaussianDiffusion
 from .guidance import classifier_free, drop_labels
-from .losses import LOSSES, TARGETS, draw_timesteps, target_loss, timestep_probabilities
+from .losses import LOSSES, draw_timesteps, target_loss, timestep_probabilities
 from .sampling import sample_ddim, sample_images
 from .unet import UNet
 
@@ -64,7 +64,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     grad_clip: float = 1.0  # the largest norm of the gradient
     ema_decay: float = 0.999  # of the weights that sample; lower in the first steps, min(decay, (1 + n) / (10 + n))
-    target: str = "noise"  # what the loss compares: "noise" with t uniform (L_simple), or "v" with t's angle uniform
+    target: str = "noise"  # what the loss compares: "noise" (L_simple) or "x_0" with t uniform, "v" with its angle so
     loss: str = "l2"
     label_dropout: float = 0.1  # the share of labels replaced by the null label, for classifier-free guidance
     precision: str = "no"  # float32; "bf16" and "fp16" use autocast

@@ -17,7 +17,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from .diffusion import SHIPPED_WEIGHTS, beta_schedule
+from .diffusion import SHIPPED_WEIGHTS, TARGETS, beta_schedule
 
 
 def sinusoidal_embedding(t: Tensor, dim: int, max_period: float = 10_000) -> Tensor:
@@ -131,9 +131,9 @@ class UNet(
     - ``attention_levels``: the levels (0 is the finest) with self-attention, beside the middle one.
     - ``patch_size`` p > 1 folds p×p pixels into channels first (pixel-unshuffle), so all work is at 1/p of the size.
     - ``num_classes`` adds a label embedding with one extra entry, the null label ``num_classes`` ("no label").
-    - ``schedule``: with the name of a beta schedule, over ``num_timesteps``, the layers give v, and the last line
-      turns it into noise: ε = √(1 − ᾱ_t) x_t + √ᾱ_t v (chapter 3). At large t, where x_t is nearly all noise, that
-      leaves only the small rest to the layers. Without it they give the noise themselves.
+    - ``target``: what the layers give, "noise", "v" or "x_0". The last lines turn it into noise by the formulas of
+      chapter 3, with the ᾱ_t of ``schedule`` over ``num_timesteps``. From v, ε = √(1 − ᾱ_t) x_t + √ᾱ_t v: at large t,
+      where x_t is nearly all noise, only the small rest is left to the layers.
 
     The input and output convolutions work on patches; the output one starts at zero.
     """
@@ -148,10 +148,13 @@ class UNet(
         num_heads: int = 4,
         patch_size: int = 1,
         num_classes: int | None = None,
-        schedule: str | None = None,
+        target: str = "noise",
+        schedule: str = "linear",
         num_timesteps: int = 1000,
     ):
         super().__init__()
+        if target not in TARGETS:
+            raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
         widths = [channels * mult for mult in channel_mults]
         for width in widths:
             if width % (2 * num_heads):
@@ -164,8 +167,8 @@ class UNet(
         self.in_channels, self.channels = in_channels, channels
         self.patch_size, self.num_classes = patch_size, num_classes
         self.size_divisor = patch_size * 2 ** (len(widths) - 1)
-        self.gives_v = schedule is not None
-        if self.gives_v:
+        self.target = target
+        if target != "noise":
             alphas_cumprod = F.pad((1 - beta_schedule(schedule, num_timesteps)).cumprod(0), (1, 0), value=1.0)  # ᾱ_t
             self.register_buffer("signal", alphas_cumprod.sqrt().float(), persistent=False)
             self.register_buffer("noise", (1 - alphas_cumprod).sqrt().float(), persistent=False)
@@ -227,9 +230,10 @@ class UNet(
 
         x = self.conv_out(F.silu(self.norm_out(x)))
         x = rearrange(x, "b (c p q) h w -> b c (h p) (w q)", p=p, q=p)
-        if self.gives_v:
-            x = self.noise[t][:, None, None, None] * x_t + self.signal[t][:, None, None, None] * x
-        return x
+        if self.target == "noise":
+            return x
+        signal, noise = (table[t][:, None, None, None] for table in (self.signal, self.noise))
+        return noise * x_t + signal * x if self.target == "v" else (x_t - signal * x) / noise
 
     def _embed(self, t: Tensor, labels: Tensor | None) -> Tensor:
         emb = self.time_mlp(sinusoidal_embedding(t, self.channels))  # (B, 4·channels)

@@ -5,10 +5,9 @@ import torch
 from torch.distributions import Normal, kl_divergence
 from torch.testing import assert_close
 
-from ddpm_tutorial.diffusion import SCHEDULES, GaussianDiffusion
+from ddpm_tutorial.diffusion import SCHEDULES, TARGETS, GaussianDiffusion
 from ddpm_tutorial.losses import (
     LOSSES,
-    TARGETS,
     draw_timesteps,
     min_snr_weights,
     noise_loss,
@@ -138,7 +137,7 @@ def test_each_loss_has_its_own_optimum(kind, generator):
 
 # -------------------------------------------------------------------------- the target v, and which t are drawn
 @pytest.mark.parametrize("kind", LOSSES)
-def test_the_v_target_is_the_error_of_v(kind):
+def test_the_targets_v_and_x_0_are_the_errors_of_v_and_of_x_0(kind):
     diffusion = GaussianDiffusion.from_schedule("linear")
     generator = torch.Generator().manual_seed(0)
     x_0, noise, pred_noise = torch.randn(3, 5, 1, 4, 4, generator=generator)
@@ -149,6 +148,9 @@ def test_the_v_target_is_the_error_of_v(kind):
     assert_close(diffusion.noise_from_v(x_t, t, pred_v), pred_noise, atol=1e-5, rtol=1e-5)
     expected = LOSSES[kind](pred_v, diffusion.predict_v(x_0, t, noise))
     assert_close(target_loss(pred_noise, noise, t, diffusion, "v", kind), expected, rtol=1e-4, atol=0)
+    pred_x0 = diffusion.predict_x0(x_t, t, pred_noise)
+    expected = LOSSES[kind](pred_x0, x_0)
+    assert_close(target_loss(pred_noise, noise, t, diffusion, "x_0", kind), expected, rtol=1e-4, atol=0)
     assert_close(target_loss(pred_noise, noise, t, diffusion, "noise", kind), noise_loss(pred_noise, noise, kind))
 
 
@@ -174,5 +176,5 @@ def test_draws_have_these_probabilities_and_cover_every_slice(target):
 
 
 def test_unknown_target_is_refused():
-    with pytest.raises(ValueError, match="unknown target 'x_0'; the known ones are noise, v"):
-        timestep_probabilities(GaussianDiffusion.from_schedule("linear"), "x_0")
+    with pytest.raises(ValueError, match="unknown target 'score'; the known ones are noise, v, x_0"):
+        timestep_probabilities(GaussianDiffusion.from_schedule("linear"), "score")

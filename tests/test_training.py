@@ -267,7 +267,7 @@ def test_finished_run_resumes_to_nothing(data, tmp_path):
     [
         ("num_train_steps", 0), ("batch_size", 0), ("lr", 0.0), ("lr", float("nan")), ("lr", -1.0),
         ("warmup_steps", -1), ("grad_clip", 0.0), ("ema_decay", 1.0), ("label_dropout", 1.5), ("loss", "l3"),
-        ("target", "x_0"),
+        ("target", "score"),
         ("optimizer", "sgd"), ("precision", "fp8"), ("seed", -1), ("weight_decay", -0.1),
     ],
 )  # fmt: skip

@@ -500,27 +500,32 @@ def test_diagram_shows_the_measured_shapes(name):
     assert not any(module._forward_hooks for module in model.modules())  # it takes its hooks away
 
 
-# ------------------------------------------------------------------------------- layers that give v, noise comes out
-def test_a_schedule_turns_the_layers_v_into_noise():
+# ---------------------------------------------------------------------- layers that give v or x_0, noise comes out
+@pytest.mark.parametrize("target", ["v", "x_0"])
+def test_what_the_layers_give_is_turned_into_noise(target):
     torch.manual_seed(0)
     options = {"channels": 16, "patch_size": 2, "num_classes": 3}
-    plain, network = UNet(**options), UNet(**options, schedule="cosine", num_timesteps=50)
+    plain, network = UNet(**options), UNet(**options, target=target, schedule="cosine", num_timesteps=50)
     torch.nn.init.normal_(plain.conv_out.weight, std=0.1)
     network.load_state_dict(plain.state_dict())  # the tables are no parameters, and are not saved
     diffusion = GaussianDiffusion.from_schedule("cosine", 50)
     x_t, t, labels = torch.randn(4, 1, 8, 8), torch.tensor([1, 10, 40, 50]), torch.tensor([0, 1, 2, 3])
-    assert_close(network(x_t, t, labels), diffusion.noise_from_v(x_t, t, plain(x_t, t, labels)))
+    given = plain(x_t, t, labels)
+    expected = diffusion.noise_from_v(x_t, t, given) if target == "v" else diffusion.predict_noise(x_t, t, given)
+    assert_close(network(x_t, t, labels), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="target must be one of noise, v, x_0, got 'score'"):
+        UNet(**options, target="score")
 
 
 def test_a_fresh_network_that_gives_v_passes_the_noisy_image_on():
-    network = UNet(channels=16, schedule="linear")
+    network = UNet(channels=16, target="v")
     x_t, t = torch.randn(2, 1, 8, 8), torch.tensor([1, 1000])
     diffusion = GaussianDiffusion.from_schedule("linear")
     assert_close(network(x_t, t), diffusion.sqrt_one_minus_alphas_cumprod[t].view(2, 1, 1, 1) * x_t)
 
 
 def test_a_network_that_gives_v_is_saved_and_loaded_with_its_schedule(tmp_path):
-    network = UNet(channels=16, schedule="sigmoid", num_timesteps=60).eval()
+    network = UNet(channels=16, target="v", schedule="sigmoid", num_timesteps=60).eval()
     network.save_pretrained(tmp_path)
     x_t, t = torch.randn(2, 1, 8, 8), torch.tensor([5, 60])
     assert_close(UNet.from_pretrained(tmp_path)(x_t, t), network(x_t, t))

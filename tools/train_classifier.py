@@ -27,7 +27,7 @@ def main() -> int:
     if not 2 <= len(sys.argv) <= 3:
         print("usage: train_classifier.py SOURCE [NUM_EPOCHS]", file=sys.stderr)
         return 2
-    source, epochs = sys.argv[1], int(sys.argv[2]) if len(sys.argv) == 3 else 8
+    source, epochs = sys.argv[1], int(sys.argv[2]) if len(sys.argv) == 3 else 15
     train, test = (load_fashion_mnist(split, source) for split in ("train", "test"))
     torch.manual_seed(0)
     model = Classifier()
