@@ -49,6 +49,7 @@ def add_sampling_options(parser) -> None:
         "--num-inference-steps", type=int, metavar="N",
         help="steps (default: ddim 50, heun 25, dpmpp-2m 20); ddpm always takes all T",
     )  # fmt: skip
+    parser.add_argument("--eta", type=float, metavar="E", help="ddim's share of fresh noise, 0 … 1 (default: 0)")
     parser.add_argument(
         "--guidance-scale", type=float, default=1.0, metavar="S", help="1: none; more: clearer classes (default: 1)"
     )
@@ -121,7 +122,8 @@ def build_parser() -> argparse.ArgumentParser:
     sample = commands.add_parser(
         "sample",
         help="draw images from a checkpoint",
-        description="Draw images from a trained model into a PNG grid or an NPZ file.",
+        description="Draw images from a trained model into a PNG grid, PNG files, an NPZ file or a GIF. The same "
+        "seed gives the same images however many are asked for.",
         epilog="Example: ddpm-tutorial sample --labels sneaker bag --num-images 20 --guidance-scale 2 --out grid.png",
     )
     sample.add_argument("--checkpoint", metavar="FOLDER", help=f"a folder that train wrote (default: {SHIPPED})")
@@ -130,7 +132,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sample.add_argument("--num-images", type=int, default=100, metavar="N", help="how many (default: 100)")
     add_sampling_options(sample)
-    sample.add_argument("--out", type=Path, required=True, help="FILE.png (a grid) or FILE.npz (images and labels)")
+    sample.add_argument(
+        "--out", type=Path, required=True,
+        help="FILE.png (a grid), FILE.npz (images and labels), FILE.gif (the chain, up to 200 images), or a new "
+        "or empty folder for files like 00000_sneaker.png",
+    )  # fmt: skip
 
     evaluate = commands.add_parser(
         "evaluate",
@@ -153,7 +159,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     samples = evaluate.add_argument_group("with --metric samples")
     samples.add_argument("--samples", type=Path, metavar="FILE.npz", help="judge these instead of drawing new ones")
-    samples.add_argument("--repeats", type=int, default=1, metavar="R", help="sets of samples to draw (default: 1)")
+    samples.add_argument(
+        "--repeats", type=int, default=1, metavar="R",
+        help="sets of samples to draw, or to divide FILE.npz into (default: 1)",
+    )  # fmt: skip
+    samples.add_argument(
+        "--features", default="own", metavar="X",
+        help="own: of the shipped classifier (the default); inception: of Inception-v3, as papers do (downloads it)",
+    )  # fmt: skip
     add_sampling_options(samples)
     evaluate.add_argument("--out", type=Path, help="also write the figures to FILE.json")
     return parser

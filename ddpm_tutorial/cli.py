@@ -137,32 +137,34 @@ def _settings(out: Path, resume: bool, given: dict) -> tuple[dict, "TrainConfig"
 
 
 # ------------------------------------------------------------------------------------------------ sample
-def run_sample(
-    checkpoint: str | None,
-    labels: list[str] | None,
-    num_images: int,
-    sampler: str,
-    num_inference_steps: int | None,
-    guidance_scale: float,
-    seed: int,
-    out: Path,
-) -> int:
+def run_sample(checkpoint: str | None, labels: list[str] | None, num_images: int, out: Path, **sampling) -> int:
     import torch
 
-    from .trained import draw_images, load_trained, parse_label, save_images
+    from .trained import (
+        BATCH_SIZE,
+        check_out,
+        draw_batches,
+        draw_chain,
+        load_trained,
+        parse_label,
+        save_chain,
+        save_images,
+    )
 
-    if out.suffix not in (".png", ".npz"):
-        raise ValueError(f"--out must end in .png or .npz, got {out}")
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"no such folder: {out.parent}")
+    check_out(out)
     at_least(1, num_images=num_images)
+    if out.suffix == ".gif" and num_images > BATCH_SIZE:
+        raise ValueError(f"--num-images must be at most {BATCH_SIZE} for a GIF, got {num_images}")
     trained = load_trained(checkpoint)
     if not trained.class_names and labels:
         raise ValueError("this checkpoint was trained without labels; leave --labels out")
     wanted = [parse_label(label, trained.class_names) for label in labels or range(len(trained.class_names))] or [0]
     all_labels = torch.tensor([wanted[i % len(wanted)] for i in range(num_images)])
-    images = draw_images(trained, all_labels, sampler, num_inference_steps, guidance_scale, seed)
-    save_images(images, all_labels, out, columns=max(10, len(wanted)) if len(wanted) > 1 else 10)
+    columns = max(10, len(wanted)) if len(wanted) > 1 else 10
+    if out.suffix == ".gif":
+        save_chain(draw_chain(trained, all_labels, **sampling), out, columns)
+    else:
+        save_images(draw_batches(trained, all_labels, **sampling), all_labels, out, columns, trained.class_names)
     print(f"{num_images} images in {out}")
     return 0
 

@@ -8,6 +8,7 @@ DDPM: Ho, Jain, Abbeel, "Denoising Diffusion Probabilistic Models", 2020, arXiv:
 
 import math
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -255,9 +256,14 @@ class GaussianDiffusion(nn.Module):
         return -self.at(self.sqrt_one_minus_alphas_cumprod, t, score) * score
 
 
-def randn_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def randn_like(x: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:
     """Standard normal noise shaped as x, on x's device; drawn on the generator's own device, so that a CPU
-    generator gives the same noise everywhere."""
+    generator gives the same noise everywhere. A list of generators, one for each item of x (B, …), gives each item its
+    own stream: its noise then does not depend on the others in the batch."""
+    if isinstance(generator, Sequence):
+        if len(generator) != len(x):
+            raise ValueError(f"{len(x)} items need as many generators, got {len(generator)}")
+        return torch.stack([randn_like(item, own) for item, own in zip(x, generator, strict=True)])
     device = generator.device if generator is not None else x.device
     return torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
 

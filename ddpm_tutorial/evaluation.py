@@ -9,10 +9,11 @@ from torch import Tensor
 from .arguments import at_least
 from .data import CLASS_NAMES, load_images, seeded_generator, to_model_range
 from .elbo import bits_per_dim, mean_and_error
-from .metrics import Classifier, accuracy_trained_on, look, nearest_neighbours, sample_figures
+from .metrics import Classifier, InceptionV3, accuracy_trained_on, look, nearest_neighbours, sample_figures
 from .trained import Trained, draw_images, read_samples
 
 REAL_REPEATS = 10  # random subsets of the test set for the real floor
+JUDGES = {"own": lambda device: Classifier.from_pretrained().to(device), "inception": InceptionV3}
 
 
 def measure_bits(
@@ -43,48 +44,50 @@ def measure_bits(
 
 
 def measure_samples(
-    trained: Trained, data: str | None, num_images: int, seed: int, samples: Path | None, repeats: int, sampler: str,
-    num_inference_steps: int | None, guidance_scale: float, **_,
+    trained: Trained, data: str | None, num_images: int, seed: int, samples: Path | None, repeats: int, features: str,
+    sampler: str, num_inference_steps: int | None, guidance_scale: float, eta: float | None, **_,
 ) -> dict:  # fmt: skip
     """Print the figures of samples beside those of as many real test images, and return them.
 
-    ``repeats`` sets of samples are drawn; the real ones are random subsets of the test set. Each figure is a mean and
-    a standard deviation over the sets (over one set, for the classifier trained on them).
+    ``repeats`` sets of samples are drawn, or made of the given ones; the real ones are random subsets of the test set.
+    Each figure is a mean and a standard deviation over the sets (over one set, for the classifier trained on them).
     """
     if list(trained.class_names) != list(CLASS_NAMES) or trained.image_shape != (1, 28, 28):
         raise ValueError("--metric samples knows Fashion-MNIST only: its classifier was trained on those ten classes")
     at_least(1, repeats=repeats)
     train, test = load_images(data, "train"), load_images(data, "test")
-    classifier = Classifier.from_pretrained().to(trained.device)
+    if features not in JUDGES:
+        raise ValueError(f"--features must be {' or '.join(JUDGES)}, got {features!r}")
+    judge = JUDGES[features](trained.device)
     if samples is None:
-        made = {"sampler": sampler, "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        options = {"sampler": sampler, "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        options["eta"] = eta
+        made = options
         count = num_images or len(test.images)
-    elif repeats > 1:
-        raise ValueError("--repeats draws new samples; it does not go with --samples")
     else:
-        made, drawn = {"samples": samples.name}, [read_samples(samples)]
-        count = len(drawn[0][0])
-    least = classifier.num_features + 1
+        made, (images, labels) = {"samples": samples.name}, read_samples(samples)
+        count = len(images) // repeats
+        drawn = list(zip(images.split(count), labels.split(count), strict=True))[:repeats] if count else []
+    least = judge.num_features + 1
     if not least <= count <= len(test.images):
         raise ValueError(f"between {least} and {len(test.images)} images can be judged beside this data, got {count}")
     if samples is None:
         labels = torch.arange(count) % len(CLASS_NAMES)
-        options = (sampler, num_inference_steps, guidance_scale)
-        drawn = [(draw_images(trained, labels, *options, seed + i), labels) for i in range(repeats)]
+        drawn = [(draw_images(trained, labels, **options, seed=seed + i), labels) for i in range(repeats)]
 
-    reference = look(train.images, classifier)
+    reference = look(train.images, judge)
 
-    def judge(images: Tensor, labels: Tensor) -> dict[str, float]:
+    def measure(images: Tensor, labels: Tensor) -> dict[str, float]:
         distances, _ = nearest_neighbours(images[:1000], train.images)
-        figures = sample_figures(look(images, classifier), labels, reference, seed)
+        figures = sample_figures(look(images, judge), labels if features == "own" else None, reference, seed)
         return figures | {"nearest_training_image": distances.median().item()}
 
     def subset(size: int, number: int) -> Tensor:
         return torch.randperm(size, generator=seeded_generator(seed, number))[:count]
 
     held_out = [subset(len(test.images), i) for i in range(REAL_REPEATS if count < len(test.images) else 1)]
-    generated = spread([judge(*images_and_labels) for images_and_labels in drawn])
-    real = spread([judge(test.images[i], test.labels[i]) for i in held_out])
+    generated = spread([measure(*images_and_labels) for images_and_labels in drawn])
+    real = spread([measure(test.images[i], test.labels[i]) for i in held_out])
     others = subset(len(train.images), 0)
     for figures, images, labels in (generated, *drawn[0]), (real, train.images[others], train.labels[others]):
         accuracy = accuracy_trained_on(images, labels, test.images, test.labels)
@@ -92,7 +95,7 @@ def measure_samples(
     ratio = generated["frechet_distance"]["mean"] / real["frechet_distance"]["mean"]
     print_figures(generated, real, count, len(train.images))
     print(f"  Fréchet distance over the real one: {ratio:.1f}")
-    sizes = {"num_images": count, "repeats": len(drawn), "num_train_images": len(train.images)}
+    sizes = {"features": features, "num_images": count, "repeats": len(drawn), "num_train_images": len(train.images)}
     return made | sizes | {"generated": generated, "real": real, "frechet_ratio": ratio}
 
 

@@ -51,11 +51,41 @@ class Classifier(nn.Module, PyTorchModelHubMixin, library_name="ddpm-tutorial", 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(F.dropout(self.features(x), 0.2, self.training))
 
+    def judge(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (N, num_features) and logits (N, num_classes) of uint8 images (N, C, H, W)."""
+        if images.ndim != 4 or images.shape[1] != self.in_channels:
+            raise ValueError(f"images must be uint8 (N, {self.in_channels}, H, W), got {tuple(images.shape)}")
+        device = self.head.weight.device
+        features = self.features(to_model_range(images).to(device, memory_format=torch.channels_last))
+        return features, self.head(features)
+
     @classmethod
     def from_pretrained(cls, folder_or_hub_name: str | Path = SHIPPED_CLASSIFIER, **options) -> "Classifier":
         """The classifier saved in a folder or on the hub (default: the shipped one), in evaluation mode."""
         with contextlib.redirect_stdout(io.StringIO()):  # the mixin prints where it loads from
             return super().from_pretrained(str(folder_or_hub_name), strict=True, **options)
+
+
+class InceptionV3:
+    """The judge of papers: Inception-v3 as torch-fidelity ports it, 2,048 features and the 1,008 classes of ImageNet.
+
+    Needs the package torch-fidelity, and the network once for the weights. Scales images to 299×299; grey ones become
+    three equal channels. ValueError where torch-fidelity is not installed.
+    """
+
+    num_features = 2048
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        try:
+            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        except ModuleNotFoundError as error:
+            raise ValueError("Inception-v3 needs another package: pip install torch-fidelity") from error
+        self.device = device
+        self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"]).to(device)
+
+    def judge(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (N, 2048) and logits (N, 1008) of uint8 images (N, 1 or 3, H, W)."""
+        return self.network(images.expand(-1, 3, -1, -1).contiguous().to(self.device))
 
 
 def train_classifier(
@@ -100,15 +130,10 @@ class Seen(NamedTuple):
 
 
 @torch.no_grad()
-def look(images: Tensor, classifier: Classifier | None = None, batch_size: int = 500) -> Seen:
-    """Features and logits of uint8 images (N, C, H, W), by the shipped classifier unless another is given."""
-    classifier = Classifier.from_pretrained() if classifier is None else classifier
-    if images.ndim != 4 or images.shape[1] != classifier.in_channels:
-        raise ValueError(f"images must be uint8 (N, {classifier.in_channels}, H, W), got {tuple(images.shape)}")
-    device, parts = next(classifier.parameters()).device, []
-    for batch in images.split(batch_size):
-        features = classifier.features(to_model_range(batch).to(device, memory_format=torch.channels_last))
-        parts.append((features.cpu(), classifier.head(features).cpu()))
+def look(images: Tensor, judge: Classifier | InceptionV3 | None = None, batch_size: int = 500) -> Seen:
+    """Features and logits of uint8 images (N, C, H, W), by the shipped classifier unless another judge is given."""
+    judge = Classifier.from_pretrained() if judge is None else judge
+    parts = [[seen.cpu() for seen in judge.judge(batch)] for batch in images.split(batch_size)]
     return Seen(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
@@ -131,7 +156,7 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
     return metric.compute().item()
 
 
-def kernel_distance(real: Tensor, generated: Tensor, num_subsets: int = 100, seed: int = 0) -> tuple[float, float]:
+def kernel_distance(real: Tensor, generated: Tensor, num_subsets: int = 20, seed: int = 0) -> tuple[float, float]:
     """Kernel distance (KID: squared MMD, cubic kernel; Bińkowski et al., 2018, arXiv:1801.01401), unbiased for any
     number of images: its mean and standard deviation over random subsets of up to 1,000 features of (N, D), (M, D).
     """
@@ -175,24 +200,25 @@ def label_agreement(logits: Tensor, labels: Tensor) -> float:
     return (logits.argmax(1) == labels).double().mean().item()
 
 
-def sample_figures(seen: Seen, labels: Tensor, reference: Seen, seed: int = 0) -> dict[str, float]:
+def sample_figures(seen: Seen, labels: Tensor | None, reference: Seen, seed: int = 0) -> dict[str, float]:
     """Every figure of N images made for ``labels`` (N,), beside ``reference`` images (training images, at least N).
 
-    Distances are to all of the reference; precision and recall to N of them, chosen at random.
+    Distances are to all of the reference; precision and recall to N of them, chosen at random. Without labels, or
+    for a judge with other classes, there is no label agreement.
     """
     count = len(seen.features)
     if len(reference.features) < count:
         raise ValueError(f"{count} images need as many for reference, got {len(reference.features)}")
     chosen = torch.randperm(len(reference.features), generator=seeded_generator(seed))[:count]
     precision, recall = precision_recall(reference.features[chosen], seen.features)
-    return {
+    figures = {
         "frechet_distance": frechet_distance(reference.features, seen.features),
         "kernel_distance": kernel_distance(reference.features, seen.features, seed=seed)[0],
         "inception_score": inception_score(seen.logits),
         "precision": precision,
         "recall": recall,
-        "label_agreement": label_agreement(seen.logits, labels),
     }
+    return figures if labels is None else figures | {"label_agreement": label_agreement(seen.logits, labels)}
 
 
 def accuracy_trained_on(images: Tensor, labels: Tensor, test_images: Tensor, test_labels: Tensor) -> float:

@@ -1,6 +1,7 @@
 """Samplers: from noise to images with any noise model ``model(x_t, t)`` (chapters 5 and 6).
 
-Each sampler is a generator: it yields every step, and the caller plots, stops, or keeps the last.
+Each sampler is a generator: it yields every step, and the caller plots, stops, or keeps the last. ``start`` begins it
+part-way: at that timestep, with ``x_T`` as x_start (chapter 9). ``generator`` may be a list, one for each image.
 """
 
 from collections import deque
@@ -32,7 +33,8 @@ def sample_ddpm(
     clip_denoised: bool = True,
     variance: str = "posterior",
     x_T: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    start: int | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> Iterator[SampleStep]:
     """Ancestral sampling, T steps (DDPM algorithm 2). The last x_t is the sample.
 
@@ -42,8 +44,8 @@ def sample_ddpm(
     """
     if variance not in ("posterior", "beta"):
         raise ValueError(f"variance must be 'posterior' or 'beta', got {variance!r}")
-    x_t = _start(diffusion, shape, x_T, generator)
-    for t in range(diffusion.num_timesteps, 0, -1):
+    x_t = _start(diffusion, shape, x_T, start, generator)
+    for t in range(diffusion.num_timesteps if start is None else start, 0, -1):
         pred_x0 = _predict_x0(model, diffusion, x_t, t, clip_denoised)
         mean, posterior_variance = diffusion.q_posterior(pred_x0, x_t, t)
         if t == 1:  # the last step adds no noise (algorithm 2, line 3)
@@ -64,7 +66,8 @@ def sample_ddim(
     eta: float = 0.0,
     clip_denoised: bool = True,
     x_T: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    start: int | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> Iterator[SampleStep]:
     """DDIM (Song et al., arXiv:2010.02502, eq. 12) on ``num_inference_steps`` of the T timesteps.
 
@@ -73,8 +76,8 @@ def sample_ddim(
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must lie in [0, 1], got {eta}")
-    x_t = _start(diffusion, shape, x_T, generator)
-    for t, t_next in _steps_down(diffusion, num_inference_steps):
+    x_t = _start(diffusion, shape, x_T, start, generator)
+    for t, t_next in _steps_down(diffusion, num_inference_steps, start):
         pred_x0 = _predict_x0(model, diffusion, x_t, t, clip_denoised)
         noise = diffusion.predict_noise(x_t, t, pred_x0)
         alpha_bar_t, alpha_bar_next = diffusion.alphas_cumprod[t], diffusion.alphas_cumprod[t_next]
@@ -95,14 +98,15 @@ def sample_heun(
     num_inference_steps: int = 25,
     clip_denoised: bool = True,
     x_T: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    start: int | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> Iterator[SampleStep]:
     """Heun's method, second order (Karras et al., 2022, arXiv:2206.00364, algorithm 1), on the ODE that DDIM walks:
     d(x/√ᾱ) / dσ̄ = ε_θ with σ̄ = √(1 − ᾱ)/√ᾱ. Each step goes as DDIM does, looks at the noise there, and goes again
     with the mean of both. Two evaluations a step, one in the last: 2 · num_inference_steps − 1.
     """
-    x_t = _start(diffusion, shape, x_T, generator)
-    for t, t_next in _steps_down(diffusion, num_inference_steps):
+    x_t = _start(diffusion, shape, x_T, start, generator)
+    for t, t_next in _steps_down(diffusion, num_inference_steps, start):
         pred_x0 = _predict_x0(model, diffusion, x_t, t, clip_denoised)
         noise = diffusion.predict_noise(x_t, t, pred_x0)
         arrived = diffusion.q_sample(pred_x0, t_next, noise)  # the DDIM step
@@ -123,7 +127,8 @@ def sample_dpmpp_2m(
     num_inference_steps: int = 20,
     clip_denoised: bool = True,
     x_T: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    start: int | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> Iterator[SampleStep]:
     """DPM-Solver++(2M) (Lu et al., 2022, arXiv:2211.01095, algorithm 2): second order with one evaluation a step.
 
@@ -131,9 +136,9 @@ def sample_dpmpp_2m(
     stands for it; the first step, and the last (where λ is infinite), take pred_x0 alone, as DDIM does.
     """
     log_snr = diffusion.snr().double().log() / 2  # λ_t; infinite at t = 0
-    x_t = _start(diffusion, shape, x_T, generator)
+    x_t = _start(diffusion, shape, x_T, start, generator)
     last_x0, last_h = None, None
-    for t, t_next in _steps_down(diffusion, num_inference_steps):
+    for t, t_next in _steps_down(diffusion, num_inference_steps, start):
         pred_x0 = _predict_x0(model, diffusion, x_t, t, clip_denoised)
         h, aim = (log_snr[t_next] - log_snr[t]).item(), pred_x0
         if last_x0 is not None and t_next > 0:
@@ -166,8 +171,14 @@ def sample_images(steps: Iterator[SampleStep]) -> Tensor:
     return to_uint8(deque(steps, maxlen=1).pop().x_t)
 
 
-def _start(diffusion: GaussianDiffusion, shape: Sequence[int], x_T: Tensor | None, generator) -> Tensor:
+def _start(
+    diffusion: GaussianDiffusion, shape: Sequence[int], x_T: Tensor | None, start: int | None, generator
+) -> Tensor:
     device = diffusion.betas.device
+    if start is not None and not 1 <= start <= diffusion.num_timesteps:
+        raise ValueError(f"start must lie in 1 … {diffusion.num_timesteps} (T), got {start}")
+    if start is not None and x_T is None:
+        raise ValueError(f"start={start} needs x_T, the x_t to begin with: pure noise belongs to T")
     if x_T is None:
         return randn_like(torch.empty(tuple(shape), device=device), generator)
     if tuple(x_T.shape) != tuple(shape):
@@ -175,8 +186,10 @@ def _start(diffusion: GaussianDiffusion, shape: Sequence[int], x_T: Tensor | Non
     return x_T.to(device)
 
 
-def _steps_down(diffusion: GaussianDiffusion, num_inference_steps: int) -> Iterator[tuple[int, int]]:
+def _steps_down(diffusion: GaussianDiffusion, num_inference_steps: int, start: int | None) -> Iterator[tuple[int, int]]:
     timesteps = ddim_timesteps(diffusion.num_timesteps, num_inference_steps)
+    if start is not None:  # the same steps, from there on
+        timesteps = [start, *(t for t in timesteps if t < start)]
     return zip(timesteps, [*timesteps[1:], 0], strict=True)
 
 

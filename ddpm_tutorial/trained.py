@@ -1,25 +1,29 @@
 """A trained model as the command line uses it: load it, draw images for labels, write and read them."""
 
 import math
+import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
-from torchvision.utils import save_image
+from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
 from .arguments import at_least
 from .checkpoint import INFO_FILE, read_training_info, written_aside
-from .data import CLASS_NAMES, seeded_generator
+from .data import CLASS_NAMES, seeded_generator, to_uint8
 from .diffusion import SHIPPED_WEIGHTS, GaussianDiffusion
 from .guidance import classifier_free
-from .sampling import SAMPLERS, ddim_timesteps, sample_images
+from .sampling import SAMPLERS, SampleStep, ddim_timesteps, sample_images
 from .training import processes
 from .unet import UNet
+
+BATCH_SIZE = 200  # images drawn together
 
 
 class Trained(NamedTuple):
@@ -51,15 +55,58 @@ def load_trained(folder: str | None) -> Trained:
     return Trained(model, diffusion, device, shape, class_names)
 
 
-def draw_images(
+def draw_images(trained: Trained, labels: Tensor, *options, **named) -> Tensor:
+    """All of ``draw_batches`` together, uint8 (N, C, H, W)."""
+    return torch.cat(list(draw_batches(trained, labels, *options, **named)))
+
+
+def draw_batches(
     trained: Trained,
     labels: Tensor,
+    sampler: str = "ddim",
+    num_inference_steps: int | None = None,
+    guidance_scale: float = 1.0,
+    seed: int = 0,
+    eta: float | None = None,
+    batch_size: int = BATCH_SIZE,
+) -> Iterator[Tensor]:
+    """One image for each label, in uint8 batches (≤ batch_size, C, H, W) as they are done: memory stays bounded.
+
+    ValueError at the call, before anything is drawn, names the option that is wrong.
+    """
+    begin = sampler_of_images(trained, sampler, num_inference_steps, guidance_scale, seed, eta)
+
+    def batches() -> Iterator[Tensor]:
+        with tqdm(total=len(labels), unit="image", mininterval=1) as bar:
+            for first in range(0, len(labels), batch_size):
+                batch = labels[first : first + batch_size]
+                yield sample_images(begin(batch, first)).cpu()
+                bar.update(len(batch))
+
+    return batches()
+
+
+def draw_chain(trained: Trained, labels: Tensor, *options, num_frames: int = 40, **named) -> list[Tensor]:
+    """Up to ``num_frames`` moments of the chain, evenly from its first step to its last; each is the x_t of one batch
+    of images, uint8 (N, C, H, W)."""
+    chain = [to_uint8(step.x_t).cpu() for step in sampler_of_images(trained, *options, **named)(labels, 0)]
+    count = min(num_frames, len(chain))
+    return [chain[round(i * (len(chain) - 1) / max(1, count - 1))] for i in range(count - 1)] + [chain[-1]]
+
+
+def sampler_of_images(
+    trained: Trained,
     sampler: str,
-    num_inference_steps: int | None,
-    guidance_scale: float,
-    seed: int,
-) -> Tensor:
-    """One image for each label, uint8 (N, C, H, W). ValueError names the option that is wrong."""
+    num_inference_steps: int | None = None,
+    guidance_scale: float = 1.0,
+    seed: int = 0,
+    eta: float | None = None,
+) -> Callable[[Tensor, int], Iterator[SampleStep]]:
+    """A function of (labels (B,), first) that starts the chain of the images number first … first + B − 1.
+
+    Image i takes all its noise from a generator of its own, seeded by (seed, i). So it is the same image in any batch
+    and beside any number of others.
+    """
     at_least(0, seed=seed)
     if not math.isfinite(guidance_scale):
         raise ValueError(f"--guidance-scale must be a finite number, got {guidance_scale}")
@@ -69,19 +116,22 @@ def draw_images(
     if num_inference_steps is not None:
         if sampler == "ddpm":
             raise ValueError("--num-inference-steps belongs to the other samplers; ddpm always takes all T steps")
-        ddim_timesteps(trained.diffusion.num_timesteps, num_inference_steps)  # says what is wrong before the bar begins
-        options = {"num_inference_steps": num_inference_steps}
-    generator, batches = seeded_generator(seed), []
-    with tqdm(total=len(labels), unit="image", mininterval=1) as bar:
-        for batch in labels.split(200):
-            noise_model = trained.model
-            if trained.class_names:
-                noise_model = classifier_free(trained.model, batch.to(trained.device), guidance_scale)
-            shape = (len(batch), *trained.image_shape)
-            steps = SAMPLERS[sampler](noise_model, trained.diffusion, shape, generator=generator, **options)
-            batches.append(sample_images(steps).cpu())
-            bar.update(len(batch))
-    return torch.cat(batches)
+        ddim_timesteps(trained.diffusion.num_timesteps, num_inference_steps)  # says what is wrong
+        options["num_inference_steps"] = num_inference_steps
+    if eta is not None:
+        if sampler != "ddim" or not 0 <= eta <= 1:
+            raise ValueError(f"--eta belongs to the sampler ddim and lies in 0 … 1, got {eta} with {sampler}")
+        options["eta"] = eta
+
+    def begin(labels: Tensor, first: int) -> Iterator[SampleStep]:
+        noise_model = trained.model
+        if trained.class_names:
+            noise_model = classifier_free(trained.model, labels.to(trained.device), guidance_scale)
+        generators = [seeded_generator(seed, first + i) for i in range(len(labels))]
+        shape = (len(labels), *trained.image_shape)
+        return SAMPLERS[sampler](noise_model, trained.diffusion, shape, generator=generators, **options)
+
+    return begin
 
 
 def parse_label(text: str | int, class_names: Sequence[str]) -> int:
@@ -103,13 +153,61 @@ def parse_label(text: str | int, class_names: Sequence[str]) -> int:
     return found[0]
 
 
-def save_images(images, labels, out: Path, columns: int) -> None:
-    """Write uint8 images (N, C, H, W) as a PNG grid or, with their labels, as an NPZ file."""
+# ------------------------------------------------------------------------------------------- writing and reading
+def check_out(out: Path) -> None:
+    """ValueError or OSError where ``save_images`` could not write ``out``; better before the drawing than after."""
+    if out.suffix not in ("", ".png", ".npz", ".gif"):
+        raise ValueError(f"--out must end in .png, .npz or .gif, or be a folder (no ending), got {out}")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"no such folder: {out.parent}")
+    if not out.suffix and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} exists already; --out without an ending is a new or empty folder for the images")
+
+
+def save_images(
+    batches: Iterable[Tensor], labels: Tensor, out: Path, columns: int, class_names: Sequence[str] = ()
+) -> None:
+    """Write uint8 batches (B, C, H, W): one after the other as PNG files into the folder ``out``, or all together as a
+    grid FILE.png, or with their labels as FILE.npz."""
+    if not out.suffix:
+        return _save_singles(batches, labels, out, class_names)
+    images = torch.cat(list(batches))
     with written_aside(out) as aside:
         if out.suffix == ".png":
-            save_image(images.float() / 255, aside, nrow=columns)
+            _grid(images, columns).save(aside)
         else:
             np.savez_compressed(aside, images=images.numpy(), labels=labels.numpy())
+
+
+def _save_singles(batches: Iterable[Tensor], labels: Tensor, folder: Path, class_names: Sequence[str]) -> None:
+    """00000_sneaker.png, 00001_ankle-boot.png, …; without classes 00000.png, …"""
+    folder.mkdir(exist_ok=True)
+    digits = max(5, len(str(len(labels) - 1)))
+    endings = ["_" + re.sub(r"\W+", "-", name.lower()).strip("-") for name in class_names] or [""]
+    number = 0
+    for batch in batches:
+        for image in batch:
+            with written_aside(folder / f"{number:0{digits}d}{endings[labels[number]]}.png") as aside:
+                _picture(image).save(aside)
+            number += 1
+
+
+def save_chain(frames: Sequence[Tensor], out: Path, columns: int) -> None:
+    """Write uint8 batches (N, C, H, W), one a frame, as an animated grid FILE.gif that stays at its last frame."""
+    first, *others = [_grid(frame, columns) for frame in frames]
+    durations = [80] * len(others) + [3000]  # milliseconds
+    with written_aside(out) as aside:
+        first.save(aside, save_all=True, append_images=others, duration=durations, loop=0)
+
+
+def _grid(images: Tensor, columns: int) -> Image.Image:
+    grid = make_grid(images, nrow=columns)  # (3, H, W): it makes three channels of one
+    return _picture(grid[: images.shape[1]])
+
+
+def _picture(image: Tensor) -> Image.Image:
+    """uint8 (1 or 3, H, W) → a picture of PIL, grey or in colour."""
+    return Image.fromarray((image[0] if len(image) == 1 else image.permute(1, 2, 0)).numpy())
 
 
 def read_samples(path: Path) -> tuple[Tensor, Tensor]:

@@ -97,6 +97,7 @@ def test_quick_recipe_times_both(tmp_path):
     for name, curve in result["curves"].items():
         seconds = [s for s, _ in curve["seconds_and_error"]]
         assert curve["steps"] > 0 and seconds == sorted(seconds), name
+    assert set(result["samples"]["frechet_distance"]) == {*result["curves"], "real test images"}
     assert len(result["curves"]) == 3 and result["targets"]["100%"]["seconds"]["notebook"] >= 0
 
 

@@ -1,5 +1,7 @@
 """Sample metrics against closed forms and second implementations, and the shipped classifier."""
 
+import sys
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -9,6 +11,7 @@ from torch.testing import assert_close
 from ddpm_tutorial.data import load_fashion_mnist, to_model_range
 from ddpm_tutorial.metrics import (
     Classifier,
+    InceptionV3,
     frechet_distance,
     inception_score,
     kernel_distance,
@@ -158,3 +161,32 @@ def test_look_gives_the_features_under_the_logits_in_batches():
     assert seen.features.shape == (7, 96) and seen.logits.shape == (7, 10)
     assert_close(seen.logits, model(to_model_range(images)))
     assert_close(seen.logits, model.head(seen.features))
+
+
+def test_inception_sees_grey_images_as_papers_do(monkeypatch):
+    """The network itself is not downloaded here: what reaches it is looked at."""
+    from torch_fidelity import feature_extractor_inceptionv3 as fidelity
+
+    class Untrained(torch.nn.Module):
+        def __init__(self, name, features):
+            super().__init__()
+            assert (name, features) == ("inception-v3-compat", ["2048", "logits_unbiased"])
+            self.seen = []
+
+        def forward(self, x):
+            assert x.dtype == torch.uint8 and x.shape[1:] == (3, 28, 28)
+            self.seen.append(x)
+            return torch.randn(len(x), 2048), torch.randn(len(x), 1008)
+
+    monkeypatch.setattr(fidelity, "FeatureExtractorInceptionV3", Untrained)
+    judge = InceptionV3()
+    images = load_fashion_mnist("test", source="sample").images[:5]
+    seen = look(images, judge, batch_size=3)
+    assert seen.features.shape == (5, 2048) and seen.logits.shape == (5, 1008)
+    assert all((torch.cat(judge.network.seen)[:, c] == images[:, 0]).all() for c in range(3))
+
+
+def test_without_torch_fidelity_inception_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
+    with pytest.raises(ValueError, match="pip install torch-fidelity"):
+        InceptionV3()

@@ -1,8 +1,9 @@
 """The ablation of chapter 8: python tools/ablation.py --data SOURCE [--help].
 
 Trains a small U-Net again and again, each time with one thing changed, draws samples from each, and writes what the
-shipped classifier sees in them to book/ablation-cpu.json (or -cuda). All runs have the same number of steps, batch,
-seed and first weights. A run that is in the file already is left out: stop it at any time, and start it again.
+shipped classifier sees in them to ablation-cpu.json (or -cuda) in the package's results. All runs have the same number
+of steps, batch, seed and first weights. A run that is in the file already is left out: stop it at any time, and start
+it again.
 """
 
 import argparse
@@ -11,7 +12,7 @@ import os
 import sys
 import time
 from collections import deque
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -26,12 +27,12 @@ from ddpm_tutorial.data import load_fashion_mnist, seeded_generator
 from ddpm_tutorial.diffusion import SCHEDULES, GaussianDiffusion
 from ddpm_tutorial.guidance import classifier_free
 from ddpm_tutorial.losses import LOSSES
-from ddpm_tutorial.metrics import Classifier, look, sample_figures
+from ddpm_tutorial.metrics import Classifier, Seen, look, sample_figures
+from ddpm_tutorial.results import RESULTS_FOLDER
 from ddpm_tutorial.sampling import sample_ddim, sample_ddpm, sample_images
 from ddpm_tutorial.training import TrainConfig, train
 from ddpm_tutorial.unet import Stage, UNet
 
-BOOK = Path(__file__).parents[1] / "book"
 BASE = {"schedule": "linear", "loss": "l2", "target": "noise", "num_timesteps": 1000, "seed": 0}
 RUNS = {f"{schedule}, {loss}": {"schedule": schedule, "loss": loss} for schedule in SCHEDULES for loss in LOSSES} | {
     "linear, l2, seed 1": {"seed": 1},
@@ -58,8 +59,8 @@ FURTHER = {
 }
 
 
-def train_and_judge(name: str, options: dict) -> dict:
-    """One run: its settings, its seconds, and the figures of its samples."""
+def train_and_judge(name: str, options: dict, reference: Seen) -> dict:
+    """One run: its settings, its seconds, and the figures of its samples beside ``reference``, the training images."""
     torch.set_num_threads(options["threads"])
     settings = BASE | RUNS[name]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -86,7 +87,6 @@ def train_and_judge(name: str, options: dict) -> dict:
     seconds = time.perf_counter() - began
 
     classifier = Classifier.from_pretrained().to(device)
-    reference = look(data.images, classifier)
     rows = {}
     for sampling, how in (SAMPLINGS | FURTHER.get(name, {})).items():
         network = last.ema.module if how.get("ema", True) else model.eval()
@@ -108,15 +108,13 @@ def draw(network: UNet, diffusion: GaussianDiffusion, count: int, how: dict) -> 
     return torch.cat(parts), labels
 
 
-def real_figures(data: str, count: int) -> dict:
-    """The same figures of real test images: random subsets of ``count``."""
-    train, test = (load_fashion_mnist(split, data) for split in ("train", "test"))
-    reference, held_out = look(train.images), look(test.images)
-    rows = []
+def real_figures(data: str, count: int, reference: Seen) -> dict:
+    """The same figures of real test images: the mean over five random subsets of ``count``."""
+    test = load_fashion_mnist("test", data)
+    held_out, rows = look(test.images), []
     for i in range(5):
         chosen = torch.randperm(len(test.images), generator=seeded_generator(0, i))[:count]
-        seen = type(held_out)(*(part[chosen] for part in held_out))
-        rows.append(sample_figures(seen, test.labels[chosen], reference))
+        rows.append(sample_figures(Seen(*(part[chosen] for part in held_out)), test.labels[chosen], reference))
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
 
 
@@ -130,13 +128,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="ablation.py", description="The ablation of chapter 8.")
     parser.add_argument("--data", required=True, metavar="SOURCE", help="'hub', 'sample', or a folder of IDX files")
     parser.add_argument("--runs", nargs="+", metavar="NAME", help=f"these only, of: {'; '.join(RUNS)}")
-    parser.add_argument("--num-train-steps", type=int, default=1000, metavar="N", help="of each run (default: 1000)")
+    parser.add_argument("--num-train-steps", type=int, default=500, metavar="N", help="of each run (default: 500)")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="(default: 64)")
     parser.add_argument("--channels", type=int, default=24, metavar="N", help="width of the U-Net (default: 24)")
     parser.add_argument("--lr", type=float, default=2e-3, metavar="X", help="peak learning rate (default: 2e-3)")
-    parser.add_argument("--num-images", type=int, default=1000, metavar="N", help="samples a row (default: 1000)")
+    parser.add_argument("--num-images", type=int, default=500, metavar="N", help="samples a row (default: 500)")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
-    parser.add_argument("--out", type=Path, default=BOOK / f"ablation-{device.type}.json", metavar="FILE.json")
+    out = RESULTS_FOLDER / f"ablation-{device.type}.json"
+    parser.add_argument("--out", type=Path, default=out, metavar="FILE.json", help="(default: the package's results)")
     args = parser.parse_args(argv)
     names = args.runs or list(RUNS)
     for name in names:
@@ -154,14 +153,15 @@ def main(argv: list[str] | None = None) -> int:
             result = json.loads(args.out.read_text())
             if result["settings"] != fixed:
                 parser.error(f"{args.out} holds runs of other settings, {result['settings']}; --out takes another file")
+        reference = look(load_fashion_mnist("train", args.data).images)
         if "real" not in result:
-            result["real"] = real_figures(args.data, args.num_images)
+            result["real"] = real_figures(args.data, args.num_images, reference)
     except (ValueError, OSError, KeyError) as error:
         parser.error(f"{error}")
     wanted = [name for name in names if name not in result["runs"]]
     options = fixed | {"data": args.data, "threads": max(1, (os.cpu_count() or 1) // args.processes)}
     with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
-        running = {pool.submit(train_and_judge, name, options): name for name in wanted}
+        running: dict[Future, str] = {pool.submit(train_and_judge, name, options, reference): name for name in wanted}
         for done in as_completed(running):
             name = running[done]
             result["runs"][name] = done.result()

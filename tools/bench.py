@@ -1,6 +1,6 @@
 """Measure speed against other libraries' networks, on this machine: python tools/bench.py [--help].
 
-Writes book/benchmark-cpu.json or book/benchmark-cuda.json (what the book's table is made of) and prints the tables.
+Writes benchmark-cpu.json or benchmark-cuda.json into the package's results (chapter 5 shows them) and prints them.
 Every candidate runs once a round, in an order that rotates; figures are medians over the rounds, and each ratio is
 the median of the rounds' ratios, with quartiles: what else the machine does hits both sides of a ratio alike. Peers
 train by the loop of ``ddpm_tutorial.training``, written out in ``peer_steps``; ours, at its fastest, by ``train``.
@@ -35,7 +35,7 @@ from measure import (
 from peers import PEERS, Candidate, candidates, operations, parameters
 from recipe import recipe_benchmark
 
-BOOK = Path(__file__).parents[1] / "book"
+from ddpm_tutorial.results import RESULTS_FOLDER
 
 
 # --------------------------------------------------------------------------------------------------- the table
@@ -80,7 +80,28 @@ def make_table(nets: list[Candidate], costs: list, times: dict, failed: dict, pe
             eager = ratio((nets[0].name, mode, "eager"), (net.name, mode, "eager"))
             row[mode]["ours_faster"] = {"eager": eager, "best": ratio(best(nets[0], mode), best(net, mode))}
         rows.append(row)
-    return {"candidates": rows, "peaks": peak_rates, "best_peak": best_peak, "goals": goals(rows, ratio, best, nets)}
+    return {
+        "summary": [summarise(row) for row in rows], "candidates": rows, "peaks": peak_rates, "best_peak": best_peak,
+        "goals": goals(rows, ratio, best, nets),
+    }  # fmt: skip
+
+
+def summarise(row: dict) -> dict:
+    """The row of chapter 5's table: each network in its faster setting, and how many times as fast ours is."""
+
+    def rate(mode: str) -> int | None:
+        entries = [e for name, e in row[mode].items() if name != "ours_faster" and "failed" not in e]
+        return round(max((e["images_per_second"]["median"] for e in entries), default=0)) or None
+
+    def faster(mode: str) -> float | None:
+        ratio = row[mode]["ours_faster"]["best"]
+        return ratio and round(ratio["median"], 2)
+
+    return {
+        "network": row["name"], "parameters": row["parameters"], "GFLOP": round(row["forward_gflop"], 2),
+        "trains": rate("train"), "evaluates": rate("sample"),
+        "ours trains": faster("train"), "ours evaluates": faster("sample"),
+    }  # fmt: skip
 
 
 def goals(rows: list[dict], ratio, best, nets: list[Candidate]) -> dict:
@@ -176,7 +197,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, torch.device]:
     parser = Parser(prog="bench.py", description="Speed against other libraries' networks, on this machine.")
     parser.add_argument("--rounds", type=int, metavar="N", help="rounds of every measurement (default: 5)")
     parser.add_argument("--quick", action="store_true", help="a smoke test: four networks, tiny batches, 2 rounds")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="a .json file (default: in book/, by the device)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="a .json file (default: in the package's results)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=device.type == "cuda",
                         help="torch.compile in the fast setting (default: on a GPU only; minutes)")  # fmt: skip
     parser.add_argument("--recipe", action="store_true", help="the whole recipe against the notebook's, instead")
@@ -191,7 +212,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, torch.device]:
     args.rounds = args.rounds or (2 if args.quick else 5)
     args.seconds = args.seconds or 300.0
     name = f"benchmark-{'recipe-' if args.recipe else ''}{device.type}.json"
-    args.out = args.out or BOOK / name
+    args.out = args.out or RESULTS_FOLDER / name
     if args.out.suffix != ".json" or not args.out.parent.is_dir():
         parser.error(f"--out must be a FILE.json in a folder that exists, got {args.out}")
     return args, device

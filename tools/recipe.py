@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from ddpm_tutorial.data import load_fashion_mnist, seeded_generator, to_model_range
 from ddpm_tutorial.diffusion import SHIPPED_WEIGHTS, GaussianDiffusion, linear_beta_schedule
+from ddpm_tutorial.metrics import Classifier, frechet_distance, look
+from ddpm_tutorial.sampling import sample_dpmpp_2m, sample_images
 from ddpm_tutorial.training import TrainConfig, train
 from ddpm_tutorial.unet import UNet
 
@@ -64,6 +66,23 @@ def held_out_error(images: Tensor, diffusion: GaussianDiffusion, device) -> Call
     return error
 
 
+def sample_distances(racers: list[Racer], diffusion, images: Tensor, test_images: Tensor, quick: bool) -> dict:
+    """Fréchet distance to the training images of each network's samples, and of as many real images."""
+    count, num_steps = (100, 2) if quick else (300, 20)
+    classifier = Classifier.from_pretrained().to(images.device)
+    reference, found = look(images, classifier).features, {}
+    for racer in racers:
+        note(f"samples of {racer.name}")
+        network, parts = racer.network().eval(), []
+        generator = seeded_generator(1, device=images.device)
+        for _ in range(0, count, 100):
+            options = {"num_inference_steps": num_steps, "generator": generator}
+            parts.append(sample_images(sample_dpmpp_2m(network, diffusion, (100, 1, 28, 28), **options)))
+        found[racer.name] = frechet_distance(reference, look(torch.cat(parts), classifier).features)
+    found["real test images"] = frechet_distance(reference, look(test_images[:count], classifier).features)
+    return {"num_images": count, "sampler": f"dpmpp-2m, {num_steps} steps", "frechet_distance": found}
+
+
 def our_recipe(budget: float, name: str, diffusion, images: Tensor, seconds_per_step: float) -> Racer:
     """The package's recipe, as the shipped weights were trained, scaled to ``budget`` seconds, without classes."""
     shipped = json.loads((SHIPPED_WEIGHTS / "training.json").read_text())["config"]
@@ -91,7 +110,7 @@ def recipe_benchmark(args: argparse.Namespace, device: torch.device) -> None:
     there, so the shorter run shows what a fifth of the time is worth."""
     source = os.environ.get("DDPM_TUTORIAL_DATA") or "sample"
     images = load_fashion_mnist("train", source).images.to(device)
-    test_images = load_fashion_mnist("test", source).images[: 20 if args.quick else 500]
+    test_images = load_fashion_mnist("test", source).images[: 100 if args.quick else 500]
     diffusion = GaussianDiffusion(linear_beta_schedule(1000)).to(device)
     error = held_out_error(test_images, diffusion, device)
     probe = our_recipe(1e6, "probe", diffusion, images, 1.0)
@@ -124,8 +143,11 @@ def recipe_benchmark(args: argparse.Namespace, device: torch.device) -> None:
         base = took["notebook"] or None  # 0: it never got better than at its start
         shares = {k: round(v / base, 4) if base and v is not None else None for k, v in took.items()}
         targets[f"{share:.0%}"] = {"error": level, "seconds": took, "share_of_notebook_time": shares}
+    samples = sample_distances(racers, diffusion, images, test_images, args.quick)
+    note("")
     result = {
         "machine": machine(device),
+        "samples": samples,
         "options": {"seconds": args.seconds, "data": Path(source).name, "images": len(images), "quick": args.quick},
         "curves": {r.name: {"steps": r.count, "seconds_and_error": r.curve} for r in racers},
         "targets": targets,
@@ -134,6 +156,7 @@ def recipe_benchmark(args: argparse.Namespace, device: torch.device) -> None:
     print(f"\nheld-out noise error after seconds of training, {len(images)} training images, {args.seconds} s each")
     for racer in racers:
         print(f"  {racer.name:26s}{racer.count:6d} steps: " + " ".join(f"{s:.0f}s {e:.4f}" for s, e in racer.curve))
+    print(f"Fréchet distance of {samples['num_images']} samples: {samples['frechet_distance']}")
     print("time to the notebook's error:")
     for name, entry in targets.items():
         told = ", ".join(f"{k} {'not reached' if v is None else f'{v:.1f} s'}" for k, v in entry["seconds"].items())
