@@ -9,7 +9,15 @@ from torch import Tensor
 from .arguments import at_least
 from .data import CLASS_NAMES, load_images, seeded_generator, to_model_range
 from .elbo import bits_per_dim, mean_and_error
-from .metrics import Classifier, InceptionV3, accuracy_trained_on, look, nearest_neighbours, sample_figures
+from .metrics import (
+    Classifier,
+    InceptionV3,
+    accuracy_trained_on,
+    balanced_subset,
+    look,
+    nearest_neighbours,
+    sample_figures,
+)
 from .trained import Trained, draw_images, read_samples
 
 REAL_REPEATS = 10  # random subsets of the test set for the real floor
@@ -49,8 +57,9 @@ def measure_samples(
 ) -> dict:  # fmt: skip
     """Print the figures of samples beside those of as many real test images, and return them.
 
-    ``repeats`` sets of samples are drawn, or made of the given ones; the real ones are random subsets of the test set.
-    Each figure is a mean and a standard deviation over the sets (over one set, for the classifier trained on them).
+    ``repeats`` sets of samples are drawn, or made of the given ones; the real ones are random subsets of the test set,
+    with the classes as evenly as in the samples. Each figure is a mean and a standard deviation over the sets (over
+    one set, for the classifier trained on them).
     """
     if list(trained.class_names) != list(CLASS_NAMES) or trained.image_shape != (1, 28, 28):
         raise ValueError("--metric samples knows Fashion-MNIST only: its classifier was trained on those ten classes")
@@ -82,13 +91,13 @@ def measure_samples(
         figures = sample_figures(look(images, judge), labels if features == "own" else None, reference, seed)
         return figures | {"nearest_training_image": distances.median().item()}
 
-    def subset(size: int, number: int) -> Tensor:
-        return torch.randperm(size, generator=seeded_generator(seed, number))[:count]
+    def subset(labels: Tensor, number: int) -> Tensor:
+        return balanced_subset(labels, count, seeded_generator(seed, number))
 
-    held_out = [subset(len(test.images), i) for i in range(REAL_REPEATS if count < len(test.images) else 1)]
+    held_out = [subset(test.labels, i) for i in range(REAL_REPEATS if count < len(test.images) else 1)]
     generated = spread([measure(*images_and_labels) for images_and_labels in drawn])
     real = spread([measure(test.images[i], test.labels[i]) for i in held_out])
-    others = subset(len(train.images), 0)
+    others = subset(train.labels, 0)
     for figures, images, labels in (generated, *drawn[0]), (real, train.images[others], train.labels[others]):
         accuracy = accuracy_trained_on(images, labels, test.images, test.labels)
         figures["accuracy_trained_on"] = {"mean": accuracy, "deviation": None}

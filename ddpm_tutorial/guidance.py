@@ -1,24 +1,16 @@
 """Guidance: wrappers around a noise model, so that samplers never see labels (chapter 7).
 
-Also the noise-aware classifier that classifier guidance asks, and its training.
+Also a classifier of noisy images that classifier guidance can ask.
 """
 
-import contextlib
-import io
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin
-from torch import Tensor, nn
+from torch import Tensor
 
-from .data import batch_indices, seeded_generator, to_model_range
-from .diffusion import SHIPPED_WEIGHTS, GaussianDiffusion
-from .unet import Downsample, ResidualBlock, group_norm, sinusoidal_embedding
+from .diffusion import GaussianDiffusion
 
 NoiseModel = Callable[[Tensor, Tensor], Tensor]  # (x_t (B, …), t (B,)) -> predicted noise (B, …)
-SHIPPED_NOISY_CLASSIFIER = SHIPPED_WEIGHTS / "noisy_classifier"
 
 
 def drop_labels(
@@ -110,69 +102,31 @@ def rescaled(guided: NoiseModel, plain: NoiseModel, diffusion: GaussianDiffusion
 
 
 # ------------------------------------------------------------------------------------- a classifier of noisy images
-class NoisyClassifier(nn.Module, PyTorchModelHubMixin, library_name="ddpm-tutorial", license="mit"):
-    """p(label | x_t): noisy images (B, in_channels, H, W) and t (B,) → logits (B, num_classes).
+class GaussianClassifier:
+    """p(label | x_t) at every t, where each class is taken for a Gaussian and all have one covariance C: then
+    x_t | label ~ N(√ᾱ_t m_label, ᾱ_t C + (1 − ᾱ_t) I), and Bayes' rule does the rest (linear discriminant analysis).
 
-    The way down of a small U-Net, as in Dhariwal, Nichol (section 4): 2×2 patches, one residual block at half and one
-    at a quarter of the size, each told t; then the mean over positions and a linear layer.
+    ``images`` (N, …) float and ``labels`` (N,) give the means, C and the classes' frequencies; ``shrinkage`` is added
+    to C's diagonal. Called with x_t (B, …) and t (B,) it gives log p(label, x_t) up to a constant, (B, num_classes).
     """
 
-    def __init__(self, in_channels: int = 1, num_classes: int = 10, channels: int = 32):
-        super().__init__()
-        self.in_channels, self.num_classes, self.emb_channels = in_channels, num_classes, 2 * channels
-        self.conv_in = nn.Conv2d(4 * in_channels, channels, 3, padding=1)
-        self.fine = ResidualBlock(channels, channels, self.emb_channels)
-        self.down = Downsample(channels, 2 * channels)
-        self.coarse = ResidualBlock(2 * channels, 2 * channels, self.emb_channels)
-        self.norm_out = group_norm(2 * channels)
-        self.head = nn.Linear(2 * channels, num_classes)
+    def __init__(self, diffusion: GaussianDiffusion, images: Tensor, labels: Tensor, shrinkage: float = 0.01):
+        counts = labels.bincount()
+        if not counts.all():
+            raise ValueError(f"each class needs at least one image, got {counts.tolist()}")
+        x = images.flatten(1)
+        means = torch.stack([x[labels == k].mean(dim=0) for k in range(len(counts))])  # (K, D)
+        offsets = x - means[labels]
+        variances, self.axes = torch.linalg.eigh(offsets.T @ offsets / len(x))  # C = axes · diag(variances) · axesᵀ
+        self.variances, self.means = variances.clamp(min=0) + shrinkage, means @ self.axes
+        self.diffusion, self.log_frequency = diffusion, (counts / len(x)).log()
 
-    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        emb = sinusoidal_embedding(t, self.emb_channels)
-        x = self.fine(self.conv_in(F.pixel_unshuffle(x_t, 2)), emb)  # (B, channels, H/2, W/2)
-        x = self.coarse(self.down(x), emb)  # (B, 2·channels, H/4, W/4)
-        return self.head(F.silu(self.norm_out(x)).mean(dim=(2, 3)))
-
-    @classmethod
-    def from_pretrained(
-        cls, folder_or_hub_name: str | Path = SHIPPED_NOISY_CLASSIFIER, **options
-    ) -> "NoisyClassifier":
-        """The classifier saved in a folder or on the hub (default: the shipped one), in evaluation mode."""
-        with contextlib.redirect_stdout(io.StringIO()):  # the mixin prints where it loads from
-            return super().from_pretrained(str(folder_or_hub_name), strict=True, **options)
-
-
-def train_noisy_classifier(
-    model: nn.Module,
-    diffusion: GaussianDiffusion,
-    images: Tensor,
-    labels: Tensor,
-    num_train_steps: int,
-    batch_size: int = 128,
-    lr: float = 3e-3,
-    seed: int = 0,
-) -> Iterator[Tensor]:
-    """Train ``model(x_t, t)`` on uint8 ``images`` (N, C, H, W) and ``labels`` (N,): each image noised to a t drawn
-    evenly from 1 … T, and the cross-entropy of its label. Yields each step's loss.
-
-    AdamW, the learning rate in one cycle. No image is mirrored: p(label | x_t) is that of the generator's data.
-    """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=num_train_steps)
-    generator, batches = seeded_generator(seed, 1), batch_indices(len(images), batch_size, seed)
-    model.train().to(memory_format=torch.channels_last)
-    for _ in range(num_train_steps):
-        index = next(batches)
-        x_0 = to_model_range(images[index])
-        t = torch.randint(1, diffusion.num_timesteps + 1, (batch_size,), generator=generator)
-        x_t = diffusion.q_sample(x_0, t, torch.randn(x_0.shape, generator=generator))
-        loss = F.cross_entropy(model(x_t.contiguous(memory_format=torch.channels_last), t), labels[index])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        yield loss.detach()
-    model.eval()
+    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
+        x = x_t.flatten(1) @ self.axes  # along the axes of C the noisy classes' covariance is diagonal at every t
+        alpha_bar_t = self.diffusion.at(self.diffusion.alphas_cumprod, t, x)  # (B, 1)
+        precision = 1 / (alpha_bar_t * self.variances + 1 - alpha_bar_t)  # (B, D)
+        offsets = x[:, None] - alpha_bar_t.sqrt()[..., None] * self.means  # (B, K, D)
+        return self.log_frequency - 0.5 * (offsets**2 * precision[:, None]).sum(dim=2)
 
 
 def _check_labels(labels: Tensor, num_classes: int) -> None:

@@ -221,6 +221,15 @@ def sample_figures(seen: Seen, labels: Tensor | None, reference: Seen, seed: int
     return figures if labels is None else figures | {"label_agreement": label_agreement(seen.logits, labels)}
 
 
+def balanced_subset(labels: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
+    """Indices (count,) of a random subset with as many of each label (N,) as there are, within one; uneven classes
+    alone would add distance."""
+    order = torch.randperm(len(labels), generator=generator)
+    # the first of its class, the second, …
+    rank = F.one_hot(labels[order]).cumsum(0).gather(1, labels[order][:, None])[:, 0]
+    return order[rank.argsort(stable=True)[:count]]
+
+
 def accuracy_trained_on(images: Tensor, labels: Tensor, test_images: Tensor, test_labels: Tensor) -> float:
     """A new classifier learns from these uint8 images (N, C, H, W) and labels (N,); its accuracy on the test images.
     Missing kinds of images cost accuracy, and so do wrong ones (Ravuri, Vinyals, 2019, arXiv:1905.10887)."""

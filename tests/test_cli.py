@@ -1,5 +1,6 @@
 """The command line: killed, stopped and resumed in processes of their own; bad input within this one, for speed."""
 
+import itertools
 import json
 import os
 import random
@@ -18,9 +19,18 @@ import torch
 from PIL import Image
 
 from ddpm_tutorial import arguments, cli
+from ddpm_tutorial import trained as trained_module
 from ddpm_tutorial.checkpoint import STATE_FILE
 from ddpm_tutorial.data import CLASS_NAMES, load_fashion_mnist
-from ddpm_tutorial.trained import parse_label
+from ddpm_tutorial.sampling import SampleStep
+from ddpm_tutorial.trained import (
+    draw_batches,
+    draw_chain,
+    draw_images,
+    load_trained,
+    parse_label,
+    save_images,
+)
 from ddpm_tutorial.training import TrainConfig
 from ddpm_tutorial.unet import UNet
 
@@ -304,6 +314,87 @@ def test_sample_png_from_the_shipped_weights(tmp_path):
     assert Image.open(tmp_path / "grid.png").size == (10 * 30 + 2, 2 * 30 + 2)
 
 
+def sample(trained, *arguments):
+    few = ["--num-inference-steps", 3] if "--sampler" not in arguments else []
+    assert cli.main([str(a) for a in ("sample", "--checkpoint", trained, *few, *arguments)]) == 0
+
+
+def test_sample_single_files_grid_npz_and_gif_are_the_same_images(trained, tmp_path):
+    options = ["--labels", "t-shirt", "ankle", "--num-images", 3, "--seed", 4]
+    for out in ("singles", "grid.png", "x.npz", "x.gif"):
+        sample(trained, *options, "--out", tmp_path / out)
+    names = ["00000_t-shirt-top.png", "00001_ankle-boot.png", "00002_t-shirt-top.png"]
+    assert sorted(os.listdir(tmp_path / "singles")) == names
+    with np.load(tmp_path / "x.npz") as arrays:
+        images = arrays["images"][:, 0]
+        assert arrays["images"].dtype == np.uint8 and arrays["labels"].tolist() == [0, 9, 0]
+    grid, chain = Image.open(tmp_path / "grid.png"), Image.open(tmp_path / "x.gif")
+    assert grid.mode == "L" and grid.size == chain.size == (3 * 30 + 2, 32)
+    assert chain.n_frames == 3
+    chain.seek(2)
+    assert chain.info["duration"] == 3000
+    last = np.asarray(chain.convert("L"))
+    for i, name in enumerate(names):
+        place = (slice(2, 30), slice(2 + 30 * i, 30 + 30 * i))
+        assert (np.asarray(Image.open(tmp_path / "singles" / name)) == images[i]).all()
+        assert (np.asarray(grid)[place] == images[i]).all() and (last[place] == images[i]).all()
+
+
+@pytest.mark.parametrize("count, frames", [(100, 40), (1000, 40), (41, 40), (40, 40), (5, 5), (1, 1)])
+def test_gif_has_at_most_forty_frames_from_the_first_step_to_the_last(monkeypatch, count, frames):
+    def chain(labels, first):
+        return (SampleStep(count - 1 - i, torch.tensor([(i % 256) / 127.5 - 1]), None) for i in range(count))
+
+    monkeypatch.setattr(trained_module, "sampler_of_images", lambda *_: chain)
+    shown = [frame.item() for frame in draw_chain(None, torch.tensor([3]))]
+    assert len(shown) == frames and shown[0] == 0 and shown[-1] == (count - 1) % 256
+    gaps = [(b - a) % 256 for a, b in itertools.pairwise(shown)]
+    assert not gaps or min(gaps) >= 1 and max(gaps) - min(gaps) <= 1
+
+
+@pytest.mark.parametrize("options", [("ddim", 4, 1.0, 5, 1.0), ("ddim", 4, 2.0, 5, 0.0), ("heun", 3), ("dpmpp-2m", 3)])
+def test_an_image_is_the_same_in_any_batch_and_among_any_number(trained, options):
+    whole, labels = load_trained(str(trained)), torch.arange(7)
+    together = draw_images(whole, labels, *options).int()
+    for other in (draw_images(whole, labels, *options, batch_size=3), draw_images(whole, labels[:5], *options)):
+        difference = (other.int() - together[: len(other)]).abs()
+        assert difference.max() <= 1 and (difference > 0).float().mean() < 0.01  # a batch of another size rounds anew
+    assert len({image.numpy().tobytes() for image in together}) == 7
+
+
+def test_the_noise_of_an_image_is_the_same_to_the_last_bit(trained):
+    """Each image's generator is its own: a spy in place of the network writes down what it is shown first."""
+    whole, seen = load_trained(str(trained)), []
+
+    def spy(x_t, t):
+        seen.append(x_t)
+        return x_t
+
+    for batch_size in (2, 6):
+        seen.clear()
+        list(draw_batches(whole._replace(model=spy, class_names=()), torch.zeros(6), num_inference_steps=1,
+                          batch_size=batch_size))  # fmt: skip
+        noise = torch.cat(seen)
+        assert noise.shape == (6, 1, 28, 28)
+        if batch_size == 2:
+            first = noise
+    assert torch.equal(noise, first) and abs(noise.std() - 1) < 0.05
+
+
+def test_images_are_written_as_they_come(trained, tmp_path):
+    """A generator of batches that stops half-way: what was drawn before is whole, and nothing else is there."""
+
+    def batches():
+        yield torch.zeros(2, 1, 28, 28, dtype=torch.uint8)
+        assert sorted(os.listdir(tmp_path / "new")) == ["00000_a.png", "00001_b-c.png"]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        save_images(batches(), torch.tensor([0, 1, 0]), tmp_path / "new", 10, ["A", "B / C!"])
+    assert Image.open(tmp_path / "new" / "00001_b-c.png").size == (28, 28)
+    assert len(os.listdir(tmp_path / "new")) == 2
+
+
 def test_ddpm_sampler_takes_all_steps(trained, tmp_path):
     run("sample", "--checkpoint", trained, "--num-images", 1, "--sampler", "ddpm", "--out", tmp_path / "one.png")
     assert (tmp_path / "one.png").exists()
@@ -320,7 +411,18 @@ def test_bad_input_of_sample(trained, tmp_path, fails):
     assert "always takes all T" in fails("sample", *out, "--sampler", "ddpm", "--num-inference-steps", 5)
     assert "--seed must be" in fails("sample", *out, "--seed", -1)
     assert "guidance" in fails("sample", *out, "--guidance-scale", "nan")
-    assert ".png or .npz" in fails("sample", "--checkpoint", trained, "--out", tmp_path / "x.jpg")
+    assert "0 … 1, got 1.5 with ddim" in fails("sample", *out, "--eta", 1.5)
+    assert "0 … 1, got nan with ddim" in fails("sample", *out, "--eta", "nan")
+    assert "belongs to the sampler ddim" in fails("sample", *out, "--eta", 0.5, "--sampler", "heun")
+    elsewhere = ["sample", "--checkpoint", trained, "--out"]
+    assert "must end in .png, .npz or .gif, or be a folder" in fails(*elsewhere, tmp_path / "x.jpg")
+    assert "at most 200 for a GIF, got 201" in fails(*elsewhere, tmp_path / "x.gif", "--num-images", 201)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("mine")
+    assert "exists already" in fails(*elsewhere, tmp_path / "full")
+    assert "exists already" in fails(*elsewhere, tmp_path / "full" / "mine")
+    fails(*elsewhere, tmp_path / "new", "--eta", 2)
+    assert not (tmp_path / "new").exists() and os.listdir(tmp_path / "full") == ["mine"]
     assert "no such folder" in fails("sample", "--checkpoint", trained, "--out", tmp_path / "no" / "x.png")
     assert "no checkpoint in" in fails("sample", "--checkpoint", tmp_path / "nowhere", "--out", tmp_path / "x.png")
     assert not (tmp_path / "x.png").exists()

@@ -8,7 +8,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch.testing import assert_close
 
-from ddpm_tutorial.diffusion import SCHEDULES, GaussianDiffusion, beta_schedule, cosine_beta_schedule
+from ddpm_tutorial.diffusion import SCHEDULES, GaussianDiffusion, beta_schedule, cosine_beta_schedule, randn_like
 
 # The names that diffusers gives to the same schedules, at T = 1000 where no scaling applies.
 DIFFUSERS = {"linear": "linear", "quadratic": "scaled_linear", "cosine": "squaredcos_cap_v2", "sigmoid": "sigmoid"}
@@ -181,3 +181,16 @@ def test_bad_input_says_what_is_allowed():
             diffusion.q_sample(x, t, x)
     with pytest.raises(ValueError, match="one shape"):
         diffusion.q_sample(x, 1, torch.zeros(4, 3))
+
+
+def test_noise_from_a_generator_each_is_that_of_each_alone():
+    def seeded(seed):
+        return torch.Generator().manual_seed(seed)
+
+    x = torch.zeros(3, 1, 4, 4, dtype=torch.float64)
+    noise = randn_like(x, [seeded(seed) for seed in (3, 4, 5)])
+    assert noise.shape == x.shape and noise.dtype == x.dtype
+    for i in range(3):
+        assert torch.equal(noise[i], randn_like(x[i], seeded(3 + i)))  # to the last bit
+    with pytest.raises(ValueError, match="3 items need as many generators, got 2"):
+        randn_like(x, [seeded(0), seeded(1)])

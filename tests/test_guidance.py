@@ -1,12 +1,22 @@
-"""Classifier-free guidance: its two ends, its formula, its one batched call; label dropout."""
+"""Classifier-free guidance: its two ends, its formula, its one batched call; label dropout. Classifier guidance: equal
+to the exact conditional model. The remedies; the classifier of noisy images."""
 
 import pytest
 import torch
 from torch.testing import assert_close
 
+from ddpm_tutorial.data import load_fashion_mnist, to_model_range
 from ddpm_tutorial.diffusion import GaussianDiffusion
-from ddpm_tutorial.guidance import classifier_free, drop_labels
-from ddpm_tutorial.sampling import sample_ddim
+from ddpm_tutorial.guidance import (
+    GaussianClassifier,
+    classifier_free,
+    classifier_guidance,
+    drop_labels,
+    guided_between,
+    rescaled,
+)
+from ddpm_tutorial.sampling import SAMPLERS, sample_ddim
+from ddpm_tutorial.toy import GaussianMixture
 from ddpm_tutorial.unet import UNet
 
 
@@ -126,3 +136,170 @@ def test_drop_labels_is_reproducible_and_leaves_its_input():
 def test_drop_labels_refuses_a_bad_probability(probability):
     with pytest.raises(ValueError, match="probability of dropping a label"):
         drop_labels(torch.tensor([0]), probability, 10)
+
+
+# --------------------------------------------------------------------------------- classifier guidance, exactly
+class Toy:
+    """Three classes in the plane, not equally frequent, the last of two blobs: p(label | x_t) and all predictors are
+    closed forms."""
+
+    diffusion = GaussianDiffusion.from_schedule("linear", 100)
+    means, stds = torch.tensor([[0.0, 1.0], [-1.0, -0.5], [1.0, -0.5], [2.0, 0.0]]), torch.tensor([0.5, 0.3, 0.6, 0.2])
+    frequency = torch.tensor([0.5, 0.3, 0.2])
+    classes = (
+        GaussianMixture(means[:1], stds[:1]),
+        GaussianMixture(means[1:2], stds[1:2]),
+        GaussianMixture(means[2:], stds[2:], torch.tensor([0.75, 0.25])),
+    )
+    everything = GaussianMixture(means, stds, torch.tensor([0.5, 0.3, 0.15, 0.05])).noise_model(diffusion)
+
+    @classmethod
+    def classifier(cls, x_t, t):
+        """Bayes' rule: log p(label) + log q(x_t | label), (B, 3), the logits up to a constant."""
+        return torch.stack([c.log_prob(cls.diffusion, x_t, t) for c in cls.classes], dim=1) + cls.frequency.log()
+
+    @classmethod
+    def conditional(cls, x_t, t, labels):
+        predictions = torch.stack([c.noise_model(cls.diffusion)(x_t, t) for c in cls.classes], dim=1)  # (B, 3, 2)
+        return predictions[torch.arange(len(x_t)), labels]
+
+    @classmethod
+    def guided(cls, labels, scale):
+        return classifier_guidance(cls.everything, cls.classifier, cls.diffusion, labels, scale)
+
+
+@pytest.fixture
+def points():
+    x_t = 1.5 * torch.randn(60, 2, generator=seeded(3))
+    return x_t, torch.arange(1, 61), torch.arange(60) % 3
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 2.5, -1.0])
+def test_exact_classifier_turns_the_unconditional_model_into_the_conditional(points, scale):
+    """Scale 1: the score of the product is the conditional score. Any scale: eq. 6 of classifier-free guidance."""
+    x_t, t, labels = points
+    unconditional, conditional = Toy.everything(x_t, t), Toy.conditional(x_t, t, labels)
+    assert (unconditional - conditional).abs().max() > 0.5
+    expected = unconditional + scale * (conditional - unconditional)
+    assert_close(Toy.guided(labels, scale)(x_t, t), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_classifier_guidance_works_in_every_sampler_without_gradients(name):
+    labels, x_T = torch.arange(30) % 3, torch.randn(30, 2, generator=seeded(4))
+    options = {} if name == "ddpm" else {"num_inference_steps": 10}
+
+    def sample(model):
+        fixed = {"x_T": x_T, "clip_denoised": False, "generator": seeded()}
+        *_, last = SAMPLERS[name](model, Toy.diffusion, x_T.shape, **fixed, **options)
+        return last.x_t
+
+    found = sample(Toy.guided(labels, 1.0))
+    assert not found.requires_grad and not x_T.requires_grad
+    assert_close(found, sample(lambda x_t, t: Toy.conditional(x_t, t, labels)), atol=1e-3, rtol=1e-3)
+
+
+def test_classifier_guidance_leaves_no_gradients_behind(batch):
+    x_t, t, labels = batch
+    diffusion, network = GaussianDiffusion.from_schedule("linear", 1000), torch.nn.Linear(64, 4)
+    guided = classifier_guidance(
+        lambda x, t: torch.zeros_like(x), lambda x, t: network(x.flatten(1)), diffusion, labels, 2.0
+    )(x_t, t)
+    assert guided.shape == x_t.shape and not guided.requires_grad and not x_t.requires_grad
+    assert guided.abs().max() > 0 and all(parameter.grad is None for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("labels", [[0, 3], [-1, 0]])
+def test_classifier_guidance_refuses_labels_out_of_range(labels):
+    with pytest.raises(ValueError, match=r"labels must lie in 0 … 2, got"):
+        Toy.guided(torch.tensor(labels), 1.0)(torch.zeros(2, 2), torch.tensor([5, 5]))
+
+
+# ------------------------------------------------------------------------------------------------- the remedies
+@pytest.mark.parametrize("t, inside", [(1, False), (20, False), (21, True), (60, True), (61, False)])
+def test_guided_between_asks_one_model_at_each_timestep(t, inside):
+    model = guided_between(20, 60, lambda x_t, t: x_t + 1, lambda x_t, t: x_t - 1)
+    x_t = torch.zeros(3, 2)
+    assert torch.equal(model(x_t, torch.full((3,), t)), torch.full((3, 2), 1.0 if inside else -1.0))
+
+
+@pytest.mark.parametrize("pair", [(5, 5), (6, 5)])
+def test_guided_between_refuses_an_empty_interval(pair):
+    with pytest.raises(ValueError, match="interval .* must not be empty"):
+        guided_between(*pair, None, None)
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.7, 1.0])
+def test_rescaled_brings_each_image_to_the_spread_of_the_plain_one(strength):
+    diffusion = GaussianDiffusion.from_schedule("linear", 100)
+    aim, modest, x_t = torch.randn(3, 4, 1, 6, 6, generator=seeded(5))
+    aim = aim * torch.tensor([1.0, 2.0, 3.0, 0.5]).view(4, 1, 1, 1)  # another spread in each image
+    t = torch.full((4,), 30)
+    models = [lambda x, t, x_0=x_0: diffusion.predict_noise(x, t, x_0) for x_0 in (aim, modest)]
+    x_0 = diffusion.predict_x0(x_t, t, rescaled(*models, diffusion, strength)(x_t, t))
+    for got, guided, plain in zip(x_0, aim, modest, strict=True):
+        assert_close(got, guided * (strength * plain.std() / guided.std() + 1 - strength), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("strength", [-0.1, 1.1])
+def test_rescaled_refuses_a_bad_strength(strength):
+    with pytest.raises(ValueError, match="strength of rescaling"):
+        rescaled(None, None, None, strength)
+
+
+# -------------------------------------------------------------------------------- the classifier of noisy images
+def two_gaussians(count: int):
+    """Points of two classes, 1 : 3, with one covariance that is not diagonal; its mean, covariance and frequencies."""
+    labels = (torch.arange(count) % 4 > 0).long()
+    mix = torch.tensor([[0.8, 0.3], [-0.2, 0.4]])
+    means = torch.tensor([[0.0, 1.0], [1.0, -0.5]])
+    return torch.randn(count, 2, generator=seeded(9)) @ mix + means[labels], labels, means, mix.T @ mix
+
+
+def test_gaussian_classifier_is_bayes_rule_for_gaussian_classes():
+    """A second implementation: torch's multivariate normal, fitted to the same points."""
+    diffusion = GaussianDiffusion.from_schedule("linear", 100)
+    x_0, labels, _, _ = two_gaussians(400)
+    classifier = GaussianClassifier(diffusion, x_0, labels, shrinkage=0.0)
+    means = [x_0[labels == k].mean(0) for k in (0, 1)]
+    covariance = sum((labels == k).float().mean() * torch.cov(x_0[labels == k].T, correction=0) for k in (0, 1))
+    for t in (1, 30, 100):
+        x_t = 1.5 * torch.randn(50, 2, generator=seeded(t))
+        alpha_bar = diffusion.alphas_cumprod[t]
+        noisy = alpha_bar * covariance + (1 - alpha_bar) * torch.eye(2)
+        joint = [torch.distributions.MultivariateNormal(alpha_bar.sqrt() * m, noisy).log_prob(x_t) for m in means]
+        expected = (torch.stack(joint, dim=1) + torch.tensor([0.25, 0.75]).log()).log_softmax(1)
+        found = classifier(x_t, torch.full((50,), t)).log_softmax(1)
+        assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_gaussian_classifier_finds_the_true_one_and_takes_each_points_own_timestep():
+    diffusion = GaussianDiffusion.from_schedule("linear", 100)
+    x_0, labels, means, covariance = two_gaussians(100_000)
+    classifier = GaussianClassifier(diffusion, x_0, labels, shrinkage=0.1)
+    found = classifier.axes @ classifier.variances.diag() @ classifier.axes.T
+    assert_close(found, covariance + 0.1 * torch.eye(2), atol=0.01, rtol=0)
+    assert_close(classifier.means @ classifier.axes.T, means, atol=0.02, rtol=0)
+    x_t, t = torch.randn(3, 2, generator=seeded()), torch.tensor([1, 50, 100])
+    one_by_one = torch.cat([classifier(x_t[i : i + 1], t[i : i + 1]) for i in range(3)])
+    assert_close(classifier(x_t, t), one_by_one)
+
+
+def test_gaussian_classifier_of_real_images_sees_through_a_little_noise_and_not_through_all():
+    diffusion, (train, test) = GaussianDiffusion.from_pretrained(), (
+        load_fashion_mnist(split, source="sample") for split in ("train", "test")
+    )
+    classifier = GaussianClassifier(diffusion, to_model_range(train.images), train.labels)
+    x_0, labels = to_model_range(test.images), test.labels
+    noise = torch.randn(x_0.shape, generator=seeded(8))
+
+    def share(t):
+        found = classifier(diffusion.q_sample(x_0, t, noise), torch.full((len(x_0),), t)).argmax(1)
+        return (found == labels).float().mean().item()
+
+    assert share(1) > 0.75 and 0.6 < share(300) and share(1000) < 0.25
+
+
+def test_gaussian_classifier_refuses_a_class_without_images():
+    with pytest.raises(ValueError, match="at least one image"):
+        GaussianClassifier(None, torch.zeros(3, 2), torch.tensor([0, 2, 2]))

@@ -12,6 +12,7 @@ from ddpm_tutorial.data import load_fashion_mnist, to_model_range
 from ddpm_tutorial.metrics import (
     Classifier,
     InceptionV3,
+    balanced_subset,
     frechet_distance,
     inception_score,
     kernel_distance,
@@ -161,6 +162,15 @@ def test_look_gives_the_features_under_the_logits_in_batches():
     assert seen.features.shape == (7, 96) and seen.logits.shape == (7, 10)
     assert_close(seen.logits, model(to_model_range(images)))
     assert_close(seen.logits, model.head(seen.features))
+
+
+def test_a_balanced_subset_has_each_class_as_often_and_is_random():
+    labels = torch.arange(1000) % 3  # 334, 333, 333
+    chosen = balanced_subset(labels, 100, torch.Generator().manual_seed(0))
+    assert len(set(chosen.tolist())) == 100
+    assert sorted(torch.bincount(labels[chosen]).tolist()) == [33, 33, 34]
+    other = balanced_subset(labels, 100, torch.Generator().manual_seed(1))
+    assert len(set(chosen.tolist()) & set(other.tolist())) < 30  # 10 are expected
 
 
 def test_inception_sees_grey_images_as_papers_do(monkeypatch):

@@ -19,6 +19,7 @@ from ddpm_tutorial.sampling import (
     sample_images,
 )
 from ddpm_tutorial.toy import GaussianMixture
+from ddpm_tutorial.unet import UNet
 
 MEAN, STD = torch.tensor([0.5, -1.0]), 0.4  # the Gaussian data of the exact tests
 THEIR_NAMES = {"linear": "linear", "quadratic": "scaled_linear", "cosine": "squaredcos_cap_v2"}
@@ -217,39 +218,44 @@ class Counted:
         return self.model(x_t, t)
 
 
+THEIR_SOLVERS = {"ddim": DDIMScheduler, "heun": HeunDiscreteScheduler, "dpmpp-2m": DPMSolverMultistepScheduler}
+
+
+@torch.no_grad()
+def solved_by_diffusers(name, model, diffusion, x_T, num_inference_steps):
+    options = {"clip_sample": False} if name == "ddim" else {}
+    scheduler = THEIR_SOLVERS[name](
+        trained_betas=diffusion.betas[1:].numpy(), timestep_spacing="trailing", **options
+    )
+    scheduler.set_timesteps(num_inference_steps)
+    x = x_T / diffusion.sqrt_alphas_cumprod[-1] if name == "heun" else x_T  # there they follow x / sqrt(alpha_bar)
+    for t in scheduler.timesteps:
+        noise = model(scheduler.scale_model_input(x, t), torch.full((len(x),), int(t) + 1))
+        x = scheduler.step(noise, t, x).prev_sample
+    return x
+
+
 @pytest.mark.parametrize("schedule", ["linear", "quadratic"])
 @pytest.mark.parametrize("num_inference_steps", [1, 2, 10, 25])
-def test_heun_equals_diffusers(schedule, num_inference_steps):
+@pytest.mark.parametrize("name", ["heun", "dpmpp-2m"])
+def test_second_order_solvers_equal_diffusers(name, num_inference_steps, schedule):
     diffusion = GaussianDiffusion.from_schedule(schedule)
     model, x_T = Counted(gaussian_model(diffusion)), torch.randn(5, 2, generator=seeded())
     options = {"num_inference_steps": num_inference_steps, "clip_denoised": False, "x_T": x_T}
-    ours = run(sample_heun(model, diffusion, (5, 2), **options))
-    assert model.calls == 2 * num_inference_steps - 1
-
-    theirs = HeunDiscreteScheduler(trained_betas=diffusion.betas[1:].numpy(), timestep_spacing="trailing")
-    theirs.set_timesteps(num_inference_steps)
-    x = x_T / diffusion.sqrt_alphas_cumprod[-1]  # they follow x / sqrt(alpha_bar)
-    for t in theirs.timesteps:
-        noise = model(theirs.scale_model_input(x, t), torch.full((5,), int(t) + 1))
-        x = theirs.step(noise, t, x).prev_sample
-    assert_close(ours, x, atol=2e-4, rtol=1e-3)
+    ours = run(SAMPLERS[name](model, diffusion, (5, 2), **options))
+    assert model.calls == (2 * num_inference_steps - 1 if name == "heun" else num_inference_steps)
+    theirs = solved_by_diffusers(name, model, diffusion, x_T, num_inference_steps)
+    assert_close(ours, theirs, atol=2e-4 if name == "heun" else 2e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("schedule", ["linear", "quadratic"])
-@pytest.mark.parametrize("num_inference_steps", [1, 2, 10, 25])
-def test_dpmpp_2m_equals_diffusers(schedule, num_inference_steps):
-    diffusion = GaussianDiffusion.from_schedule(schedule)
-    model, x_T = Counted(gaussian_model(diffusion)), torch.randn(5, 2, generator=seeded())
-    options = {"num_inference_steps": num_inference_steps, "clip_denoised": False, "x_T": x_T}
-    ours = run(sample_dpmpp_2m(model, diffusion, (5, 2), **options))
-    assert model.calls == num_inference_steps
-
-    theirs = DPMSolverMultistepScheduler(trained_betas=diffusion.betas[1:].numpy(), timestep_spacing="trailing")
-    theirs.set_timesteps(num_inference_steps)
-    x = x_T
-    for t in theirs.timesteps:
-        x = theirs.step(model(x, torch.full((5,), int(t) + 1)), t, x).prev_sample
-    assert_close(ours, x, atol=2e-3, rtol=1e-3)
+@pytest.mark.parametrize("name", THEIR_SOLVERS)
+def test_solvers_equal_diffusers_on_the_shipped_network(name):
+    diffusion, model = GaussianDiffusion.from_pretrained(), UNet.from_pretrained()
+    x_T = torch.randn(2, 1, 28, 28, generator=seeded())
+    ours = run(SAMPLERS[name](model, diffusion, x_T.shape, num_inference_steps=8, clip_denoised=False, x_T=x_T))
+    theirs = solved_by_diffusers(name, model, diffusion, x_T, 8)
+    assert ours.std() > 0.3  # images, not a constant
+    assert_close(ours, theirs, atol=2e-3, rtol=1e-3)
 
 
 def test_ddim_is_of_first_order_and_both_solvers_of_second():
@@ -390,3 +396,71 @@ def test_sample_images_from_a_sampler():
         sample_ddim(RecordedNoise(), diffusion, (3, 1, 4, 4), num_inference_steps=5, generator=seeded())
     )
     assert images.shape == (3, 1, 4, 4) and images.dtype == torch.uint8
+
+
+# --------------------------------------------------------------------------------------- starting part-way
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_start_takes_the_rest_of_the_same_steps(name):
+    """Stopped on the way and started again from there, a sampler without memory and noise goes the same way."""
+    diffusion = GaussianDiffusion.from_schedule("linear", 60)
+    model = gaussian_model(diffusion)
+    options = {"clip_denoised": False} | ({} if name == "ddpm" else {"num_inference_steps": 12})
+    whole = list(SAMPLERS[name](model, diffusion, (5, 2), generator=seeded(), **options))
+    half_way = whole[len(whole) // 2]
+    rest = list(
+        SAMPLERS[name](model, diffusion, (5, 2), x_T=half_way.x_t, start=half_way.t, generator=seeded(), **options)
+    )
+    assert [step.t for step in rest] == [step.t for step in whole if step.t < half_way.t]
+    if name in ("ddim", "heun"):
+        assert_close(rest[-1].x_t, whole[-1].x_t)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_start_between_two_timesteps(name):
+    diffusion, model = GaussianDiffusion.from_schedule("linear", 60), RecordedNoise()
+    options = {} if name == "ddpm" else {"num_inference_steps": 6}
+    steps = SAMPLERS[name](model, diffusion, (2, 2), x_T=torch.zeros(2, 2), start=33, generator=seeded(), **options)
+    assert [step.t for step in steps] == (list(range(32, -1, -1)) if name == "ddpm" else [30, 20, 10, 0])
+    assert model.calls[0][1].tolist() == [33, 33]
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_start_needs_x_T_and_a_timestep_of_the_chain(name):
+    diffusion = GaussianDiffusion.from_schedule("linear", 60)
+    for start in (0, 61, -1):
+        with pytest.raises(ValueError, match=rf"start must lie in 1 … 60 \(T\), got {start}"):
+            next(SAMPLERS[name](RecordedNoise(), diffusion, (1, 2), x_T=torch.zeros(1, 2), start=start))
+    with pytest.raises(ValueError, match="start=30 needs x_T"):
+        next(SAMPLERS[name](RecordedNoise(), diffusion, (1, 2), start=30))
+
+
+def test_samples_that_begin_part_way_have_the_data_s_law():
+    """x_start drawn from q(x_t) is exact, so the law at the end is the recursion from there."""
+    betas, start = beta_schedule("linear", 200), 120
+    diffusion = GaussianDiffusion(betas)
+    data = MEAN + STD * torch.randn(40_000, 2, generator=seeded(1))
+    x_start = diffusion.q_sample(data, start, torch.randn(data.shape, generator=seeded(2)))
+    steps = sample_ddpm(
+        gaussian_model(diffusion), diffusion, data.shape, clip_denoised=False, x_T=x_start, start=start,
+        generator=seeded(3),
+    )  # fmt: skip
+    samples = run(steps)
+    assert ((samples.mean(0) - MEAN).abs() < 0.02).all() and ((samples.std(0) - STD).abs() < 0.02).all()
+
+
+# ------------------------------------------------------------------------------ one generator for each image
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_with_a_generator_each_an_image_does_not_depend_on_the_others(name):
+    diffusion = GaussianDiffusion.from_schedule("linear", 30)
+    model = gaussian_model(diffusion)
+    options = {"eta": 1.0} if name == "ddim" else {}
+    options |= {} if name == "ddpm" else {"num_inference_steps": 6}
+
+    def draw(seeds):
+        generators = [seeded(seed) for seed in seeds]
+        return run(SAMPLERS[name](model, diffusion, (len(seeds), 2), generator=generators, **options))
+
+    together = draw([5, 6, 7, 8])
+    assert_close(draw([7]), together[2:3])
+    assert_close(torch.cat([draw([5, 6, 7]), draw([8])]), together)
+    assert not torch.allclose(together[0], together[1])

@@ -27,7 +27,7 @@ from ddpm_tutorial.data import load_fashion_mnist, seeded_generator
 from ddpm_tutorial.diffusion import SCHEDULES, GaussianDiffusion
 from ddpm_tutorial.guidance import classifier_free
 from ddpm_tutorial.losses import LOSSES
-from ddpm_tutorial.metrics import Classifier, Seen, look, sample_figures
+from ddpm_tutorial.metrics import Classifier, Seen, balanced_subset, look, sample_figures
 from ddpm_tutorial.results import RESULTS_FOLDER
 from ddpm_tutorial.sampling import sample_ddim, sample_ddpm, sample_images
 from ddpm_tutorial.training import TrainConfig, train
@@ -113,7 +113,7 @@ def real_figures(data: str, count: int, reference: Seen) -> dict:
     test = load_fashion_mnist("test", data)
     held_out, rows = look(test.images), []
     for i in range(5):
-        chosen = torch.randperm(len(test.images), generator=seeded_generator(0, i))[:count]
+        chosen = balanced_subset(test.labels, count, seeded_generator(0, i))
         rows.append(sample_figures(Seen(*(part[chosen] for part in held_out)), test.labels[chosen], reference))
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
 
@@ -128,11 +128,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="ablation.py", description="The ablation of chapter 8.")
     parser.add_argument("--data", required=True, metavar="SOURCE", help="'hub', 'sample', or a folder of IDX files")
     parser.add_argument("--runs", nargs="+", metavar="NAME", help=f"these only, of: {'; '.join(RUNS)}")
-    parser.add_argument("--num-train-steps", type=int, default=500, metavar="N", help="of each run (default: 500)")
+    parser.add_argument("--num-train-steps", type=int, default=300, metavar="N", help="of each run (default: 300)")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="(default: 64)")
     parser.add_argument("--channels", type=int, default=24, metavar="N", help="width of the U-Net (default: 24)")
     parser.add_argument("--lr", type=float, default=2e-3, metavar="X", help="peak learning rate (default: 2e-3)")
-    parser.add_argument("--num-images", type=int, default=500, metavar="N", help="samples a row (default: 500)")
+    parser.add_argument("--num-images", type=int, default=300, metavar="N", help="samples a row (default: 300)")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
     out = RESULTS_FOLDER / f"ablation-{device.type}.json"
     parser.add_argument("--out", type=Path, default=out, metavar="FILE.json", help="(default: the package's results)")

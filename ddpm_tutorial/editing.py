@@ -1,0 +1,65 @@
+"""Editing: inpainting with any sampler, by wrapping its noise model and by going back and forth (chapter 9)."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .diffusion import GaussianDiffusion, randn_like
+from .guidance import NoiseModel
+from .sampling import SampleStep
+
+
+def keep_known(model: NoiseModel, diffusion: GaussianDiffusion, known: Tensor, mask: Tensor) -> NoiseModel:
+    """``model`` with the answer given where ``mask`` is true: the noise there is the one that ``known`` leaves in x_t.
+
+    Each pred_x0 then has the known pixels, so any sampler takes them along the forward process of ``known`` (DDIM
+    eq. 7, with the true x_0) and ends at them; ``model`` fills in the others. ``known`` and ``mask`` (bool) are
+    (B, …), or of a shape that expands to it.
+    """
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask must be boolean, true where the image is known; got {mask.dtype}")
+
+    def masked(x_t: Tensor, t: int | Tensor) -> Tensor:
+        noise = diffusion.predict_noise(x_t, t, known.to(x_t).expand_as(x_t))
+        return torch.where(mask.to(x_t.device), noise, model(x_t, t))
+
+    return masked
+
+
+def resample(
+    sampler: Callable[..., Iterator[SampleStep]],
+    diffusion: GaussianDiffusion,
+    x_T: Tensor,
+    *,
+    num_loops: int,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+) -> Iterator[SampleStep]:
+    """RePaint (Lugmayr et al., 2022, arXiv:2201.09865): each step down is taken ``num_loops`` times, with noise added
+    again between, so that pixels settle on one another. 1 loop is the sampler itself, one step at a time.
+
+    ``sampler(x_T=…, start=…)`` is one of ``SAMPLERS`` with the rest filled in:
+    ``partial(sample_ddim, keep_known(model, …), diffusion, shape)``. Yields every step; t goes down and up, the last
+    x_t is the sample. Each evaluation of the model counts ``num_loops`` times.
+    """
+    if num_loops < 1:
+        raise ValueError(f"num_loops must be at least 1, got {num_loops}")
+    x_t, t = x_T, diffusion.num_timesteps
+    while t > 0:
+        step = next(sampler(x_T=x_t, start=t))
+        yield step
+        for _ in range(num_loops - 1):
+            again = add_noise(diffusion, step.x_t, step.t, t, randn_like(step.x_t, generator))
+            step = next(sampler(x_T=again, start=t))
+            yield step
+        x_t, t = step.x_t, step.t
+
+
+def add_noise(diffusion: GaussianDiffusion, x_s: Tensor, s: int, t: int, noise: Tensor) -> Tensor:
+    """From x_s up to x_t in one jump: √(ᾱ_t/ᾱ_s) x_s + √(1 − ᾱ_t/ᾱ_s) ε, the steps s + 1 … t of DDPM eq. 2 together.
+    0 ≤ s ≤ t; with s = 0 it is ``q_sample``. Shapes (B, …)."""
+    if not 0 <= s <= t:
+        raise ValueError(f"noise is added from s up to t, so 0 ≤ s ≤ t; got s = {s} and t = {t}")
+    table = diffusion.alphas_cumprod
+    kept = diffusion.at(table, t, x_s, first=0) / diffusion.at(table, s, x_s, first=0)  # ᾱ_t/ᾱ_s
+    return kept.sqrt() * x_s + (1 - kept).sqrt() * noise
