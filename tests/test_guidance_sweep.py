@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 sweep = pytest.importorskip("guidance_sweep")
 
 from ddpm_tutorial import data  # noqa: E402
 from ddpm_tutorial.guidance import GaussianClassifier, classifier_free, classifier_guidance  # noqa: E402
+from ddpm_tutorial.results import RESULTS_FOLDER  # noqa: E402
 from ddpm_tutorial.sampling import sample_dpmpp_2m  # noqa: E402
 from ddpm_tutorial.trained import load_trained  # noqa: E402
 
@@ -147,9 +147,9 @@ def test_bad_counts_get_one_line(quick, arguments, message, capsys):
     assert message in error and error.count("\n") == 1
 
 
-@pytest.mark.skipif(not (ROOT / "book" / "guidance_sweep.json").exists(), reason="the sweep has not been run")
-def test_the_books_file_holds_every_setting():
-    result = json.loads((ROOT / "book" / "guidance_sweep.json").read_text())
+@pytest.mark.skipif(not (RESULTS_FOLDER / "guidance_sweep.json").exists(), reason="the sweep has not been run")
+def test_the_shipped_file_holds_every_setting():
+    result = json.loads((RESULTS_FOLDER / "guidance_sweep.json").read_text())
     assert {sweep.key(row) for row in result["rows"]} >= set(sweep.SETTINGS)
     assert result["settings"]["num_images"] >= 500 and result["settings"]["num_train_images"] == 60_000
     assert set(result["real"]) == set(result["rows"][0]) - set(Setting._fields)

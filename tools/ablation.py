@@ -6,7 +6,6 @@ of steps, batch, seed and first weights. A run that is in the file already is le
 it again.
 """
 
-import argparse
 import multiprocessing
 import os
 import sys
@@ -23,6 +22,7 @@ import json
 import torch
 from measure import machine, write_json
 
+from ddpm_tutorial.arguments import Parser
 from ddpm_tutorial.data import load_fashion_mnist, seeded_generator
 from ddpm_tutorial.diffusion import SCHEDULES, GaussianDiffusion
 from ddpm_tutorial.guidance import classifier_free
@@ -116,11 +116,6 @@ def real_figures(data: str, count: int, reference: Seen) -> dict:
         chosen = balanced_subset(test.labels, count, seeded_generator(0, i))
         rows.append(sample_figures(Seen(*(part[chosen] for part in held_out)), test.labels[chosen], reference))
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
 
 
 def main(argv: list[str] | None = None) -> int:

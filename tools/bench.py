@@ -35,6 +35,7 @@ from measure import (
 from peers import PEERS, Candidate, candidates, operations, parameters
 from recipe import recipe_benchmark
 
+from ddpm_tutorial.arguments import Parser
 from ddpm_tutorial.results import RESULTS_FOLDER
 
 
@@ -187,11 +188,6 @@ def speed_benchmark(args: argparse.Namespace, device: torch.device) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- the command
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
-
-
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, torch.device]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     parser = Parser(prog="bench.py", description="Speed against other libraries' networks, on this machine.")

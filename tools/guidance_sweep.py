@@ -1,11 +1,10 @@
-"""Measure guidance: python tools/guidance_sweep.py [--help]. Writes book/guidance_sweep.json for chapter 7.
+"""Measure guidance: python tools/guidance_sweep.py [--help]. Chapter 7 shows what it writes.
 
 Every setting of guidance draws as many images of each class from the same noise. ``ddpm_tutorial.metrics`` judges them,
 and random subsets of as many real test images. Rows are written one by one: a run that was stopped goes on with the
 same command.
 """
 
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -14,11 +13,12 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from ladder import Parser, fingerprint, reason
 from measure import machine, write_json
+from resumable import add_options, fingerprint, read_started, run_checked
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ddpm_tutorial.arguments import Parser
 from ddpm_tutorial.data import load_fashion_mnist, seeded_generator, to_model_range
 from ddpm_tutorial.diffusion import SHIPPED_WEIGHTS
 from ddpm_tutorial.guidance import (
@@ -29,11 +29,10 @@ from ddpm_tutorial.guidance import (
     guided_between,
     rescaled,
 )
-from ddpm_tutorial.metrics import SHIPPED_CLASSIFIER, Classifier, Seen, look, sample_figures
+from ddpm_tutorial.metrics import SHIPPED_CLASSIFIER, Classifier, Seen, balanced_subset, look, sample_figures
 from ddpm_tutorial.sampling import sample_dpmpp_2m, sample_images
 from ddpm_tutorial.trained import Trained, load_trained
 
-BOOK = Path(__file__).parents[1] / "book"
 REAL_SUBSETS = 10
 BATCH_SIZE = 100
 
@@ -107,31 +106,14 @@ def figures(images: Tensor, labels: Tensor, classifier: Classifier, reference: S
     }
 
 
-def real_figures(test, classifier: Classifier, reference: Seen, labels: Tensor, seed: int) -> dict:
-    """The same of real test images with these labels: mean and deviation over random subsets."""
+def real_figures(test, classifier: Classifier, reference: Seen, count: int, seed: int) -> dict:
+    """The same of ``count`` real test images: mean and deviation over random subsets."""
     found = []
     for i in range(REAL_SUBSETS):
-        order = torch.randperm(len(test.images), generator=seeded_generator(seed, i))
-        chosen = torch.cat([order[test.labels[order] == k][: (labels == k).sum()] for k in labels.unique()])
+        chosen = balanced_subset(test.labels, count, seeded_generator(seed, i))
         found.append(figures(test.images[chosen], test.labels[chosen], classifier, reference, seed))
     columns = {name: [row[name] for row in found] for name in found[0]}
     return {name: {"mean": statistics.mean(v), "deviation": statistics.stdev(v)} for name, v in columns.items()}
-
-
-def read_started(out: Path, settings: dict) -> dict:
-    """The result that a stopped run has left, or an empty one. ValueError where it was made in another way."""
-    if not out.exists():
-        return {"settings": settings, "rows": []}
-    try:
-        result = json.loads(out.read_text())
-        before, _ = result["settings"], [key(row) for row in result["rows"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{out} is damaged or not of this command: {reason(error)}") from error
-    changed = [f"{name} {before.get(name)}, not {value}" for name, value in settings.items()
-               if before.get(name) != value]  # fmt: skip
-    if changed:
-        raise ValueError(f"{out} was made with {'; '.join(changed)}: delete it, or choose another --out")
-    return result
 
 
 def key(row: dict) -> Setting:
@@ -164,7 +146,7 @@ def run(num_images: int, steps: int, data: str | None, seed: int, out: Path) -> 
         "weights": fingerprint(SHIPPED_WEIGHTS / "model.safetensors"),
         "classifier": fingerprint(SHIPPED_CLASSIFIER / "model.safetensors"),
     }
-    result = read_started(out, settings)
+    result = read_started(out, settings, key)
     result["command"] = (
         f"python tools/guidance_sweep.py --num-images {num_images} --num-inference-steps {steps} --data SOURCE "
         f"--seed {seed}"
@@ -172,7 +154,7 @@ def run(num_images: int, steps: int, data: str | None, seed: int, out: Path) -> 
     result["machine"] = machine(trained.device)
     reference, labels = look(train.images, classifier), torch.arange(num_images) % 10
     if "real" not in result:
-        result["real"] = real_figures(test, classifier, reference, labels, seed)
+        result["real"] = real_figures(test, classifier, reference, num_images, seed)
         write_json(out, result)
     done = {key(row) for row in result["rows"]}
     missing = [setting for setting in SETTINGS if setting not in done]
@@ -199,25 +181,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--num-images", type=int, default=500, metavar="N", help="images a setting (default: 500)")
     parser.add_argument("--num-inference-steps", type=int, default=15, dest="steps", metavar="N",
                         help="steps of DPM-Solver++(2M) (default: 15)")  # fmt: skip
-    parser.add_argument("--data", metavar="SOURCE", help="Fashion-MNIST: hub, sample or a folder (default: hub)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of noise and subsets (default: 0)")
-    parser.add_argument("--out", type=Path, default=BOOK / "guidance_sweep.json", metavar="FILE",
-                        help="a .json file; its rows are kept (default: book/guidance_sweep.json)")  # fmt: skip
-    args = parser.parse_args(argv)
-    if args.seed < 0:
-        parser.error(f"--seed must be at least 0, got {args.seed}")
-    if args.out.suffix != ".json" or not args.out.parent.is_dir():
-        parser.error(f"--out must be a FILE.json in a folder that exists, got {args.out}")
-    try:
-        run(**vars(args))
-    except KeyboardInterrupt:
-        print(f"stopped; the same command goes on from the rows in {args.out}", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"guidance_sweep.py: error: {reason(error)}", file=sys.stderr)
-        return 2
-    print(f"wrote {args.out}")
-    return 0
+    add_options(parser, "guidance_sweep")
+    return run_checked(parser, parser.parse_args(argv), run)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,6 @@ Each sampler draws as many images for each number of network evaluations, from t
 their cost and written one by one: a run that was stopped goes on with the same command.
 """
 
-import argparse
-import hashlib
-import json
 import statistics
 import sys
 import time
@@ -19,14 +16,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from measure import machine, write_json
+from resumable import add_options, fingerprint, read_started, run_checked
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ddpm_tutorial.arguments import Parser
 from ddpm_tutorial.data import load_fashion_mnist, seeded_generator
 from ddpm_tutorial.diffusion import SHIPPED_WEIGHTS
 from ddpm_tutorial.guidance import classifier_free
-from ddpm_tutorial.metrics import SHIPPED_CLASSIFIER, Classifier, Seen, look, sample_figures
-from ddpm_tutorial.results import RESULTS_FOLDER
+from ddpm_tutorial.metrics import SHIPPED_CLASSIFIER, Classifier, Seen, balanced_subset, look, sample_figures
 from ddpm_tutorial.sampling import sample_ddim, sample_ddpm, sample_dpmpp_2m, sample_heun, sample_images
 from ddpm_tutorial.trained import Trained, load_trained
 
@@ -88,36 +86,11 @@ def real_figures(test, classifier: Classifier, reference, count: int, seed: int)
     """The figures of ``count`` real test images: mean and standard deviation over random subsets."""
     seen, found = look(test.images, classifier), []
     for i in range(REAL_SUBSETS):
-        chosen = torch.randperm(len(test.images), generator=seeded_generator(seed, i))[:count]
+        chosen = balanced_subset(test.labels, count, seeded_generator(seed, i))
         subset = Seen(seen.features[chosen], seen.logits[chosen])
         found.append(sample_figures(subset, test.labels[chosen], reference, seed))
     columns = {name: [row[name] for row in found] for name in found[0]}
     return {name: {"mean": statistics.mean(v), "deviation": statistics.stdev(v)} for name, v in columns.items()}
-
-
-def fingerprint(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-
-
-def read_started(out: Path, settings: dict) -> dict:
-    """The result that a stopped run has left, or an empty one. ValueError where its settings were others."""
-    if not out.exists():
-        return {"settings": settings, "rows": []}
-    try:
-        result = json.loads(out.read_text())
-        before = dict(result["settings"])
-        _ = {(row["sampler"], row["allowed"]) for row in result["rows"]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{out} is damaged or not of this command: {reason(error)}") from error
-    changed = [f"{name} {before.get(name)}, not {value}" for name, value in settings.items()
-               if before.get(name) != value]  # fmt: skip
-    if changed:
-        raise ValueError(f"{out} was made with {'; '.join(changed)}: delete it, or choose another --out")
-    return result
-
-
-def reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}" if isinstance(error, (KeyError, TypeError)) else str(error)
 
 
 def run(num_images: int, data: str | None, max_evaluations: int, seed: int, out: Path) -> None:
@@ -136,7 +109,7 @@ def run(num_images: int, data: str | None, max_evaluations: int, seed: int, out:
         "weights": fingerprint(SHIPPED_WEIGHTS / "model.safetensors"),
         "classifier": fingerprint(SHIPPED_CLASSIFIER / "model.safetensors"),
     }
-    result = read_started(out, settings)
+    result = read_started(out, settings, lambda row: (row["sampler"], row["allowed"]))
     result["command"] = f"python tools/ladder.py --num-images {num_images} --data SOURCE --seed {seed}"
     result["machine"] = machine(trained.device)
     reference = look(train.images, classifier)
@@ -169,37 +142,16 @@ def describe(row: dict) -> str:
     )
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="ladder.py", description="Every sampler at several costs, judged beside real images.")
     parser.add_argument("--num-images", type=int, default=2000, metavar="N", help="images a row (default: 2000)")
-    parser.add_argument("--data", metavar="SOURCE", help="Fashion-MNIST: hub, sample or a folder (default: hub)")
     parser.add_argument("--max-evaluations", type=int, default=max(EVALUATIONS), metavar="N",
                         help=f"leave out dearer rows of {', '.join(map(str, EVALUATIONS))}")  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of noise and subsets (default: 0)")
-    parser.add_argument("--out", type=Path, default=RESULTS_FOLDER / "ladder.json", metavar="FILE",
-                        help="a .json file; rows in it are kept (default: in the package's results)")  # fmt: skip
+    add_options(parser, "ladder")
     args = parser.parse_args(argv)
     if args.max_evaluations < min(EVALUATIONS):
         parser.error(f"--max-evaluations must be at least {min(EVALUATIONS)}, got {args.max_evaluations}")
-    if args.seed < 0:
-        parser.error(f"--seed must be at least 0, got {args.seed}")
-    if args.out.suffix != ".json" or not args.out.parent.is_dir():
-        parser.error(f"--out must be a FILE.json in a folder that exists, got {args.out}")
-    try:
-        run(**vars(args))
-    except KeyboardInterrupt:
-        print(f"stopped; the same command goes on from the rows in {args.out}", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"ladder.py: error: {reason(error)}", file=sys.stderr)
-        return 2
-    print(f"wrote {args.out}")
-    return 0
+    return run_checked(parser, args, run)
 
 
 if __name__ == "__main__":
