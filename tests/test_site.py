@@ -19,6 +19,13 @@ CHAPTERS = [path.stem for path in sorted((ROOT / "book").glob("*.ipynb"))]
 PAGES = [*CHAPTERS, "index", "notation", "references"]
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-sync"]
 
+KNOWN_ERRORS = [
+    "THEBE_JS_URL",  # sphinx-thebe, which Jupyter Book always loads, declares its constant twice on a page
+    # jupyterquiz reads MathJax.version[0] half a second after the page, which on a slow machine is before MathJax has
+    # come. It would have typeset the quiz; ours hold no formulas.
+    "Cannot read properties of undefined (reading '0')",
+]
+
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed"),
     pytest.mark.skipif(not SITE.is_dir(), reason="the site is not built (make book)"),
@@ -81,8 +88,7 @@ def test_page_reads_well(open_page, name):
     assert "$$" not in text and "\\tag" not in text and "\\frac" not in text
     assert "Traceback" not in text and "<details>" not in text
     assert page.locator("mjx-merror, .MathJax_Error").count() == 0
-    # sphinx-thebe, which Jupyter Book always loads, declares its constant twice on a page.
-    assert not [error for error in page.script_errors if "THEBE_JS_URL" not in error]
+    assert not [error for error in page.script_errors if not any(known in error for known in KNOWN_ERRORS)]
 
 
 @pytest.mark.parametrize("name", CHAPTERS)
