@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from ddpm_tutorial.arguments import Parser
 from ddpm_tutorial.data import load_fashion_mnist, seeded_generator, to_model_range
 from ddpm_tutorial.diffusion import SHIPPED_WEIGHTS
+from ddpm_tutorial.evaluation import spread
 from ddpm_tutorial.guidance import (
     GaussianClassifier,
     NoiseModel,
@@ -112,8 +113,7 @@ def real_figures(test, classifier: Classifier, reference: Seen, count: int, seed
     for i in range(REAL_SUBSETS):
         chosen = balanced_subset(test.labels, count, seeded_generator(seed, i))
         found.append(figures(test.images[chosen], test.labels[chosen], classifier, reference, seed))
-    columns = {name: [row[name] for row in found] for name in found[0]}
-    return {name: {"mean": statistics.mean(v), "deviation": statistics.stdev(v)} for name, v in columns.items()}
+    return spread(found)
 
 
 def key(row: dict) -> Setting:

@@ -5,7 +5,6 @@ Each sampler draws as many images for each number of network evaluations, from t
 their cost and written one by one: a run that was stopped goes on with the same command.
 """
 
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from tqdm.auto import tqdm
 from ddpm_tutorial.arguments import Parser
 from ddpm_tutorial.data import load_fashion_mnist, seeded_generator
 from ddpm_tutorial.diffusion import SHIPPED_WEIGHTS
+from ddpm_tutorial.evaluation import spread
 from ddpm_tutorial.guidance import classifier_free
 from ddpm_tutorial.metrics import SHIPPED_CLASSIFIER, Classifier, Seen, balanced_subset, look, sample_figures
 from ddpm_tutorial.sampling import sample_ddim, sample_ddpm, sample_dpmpp_2m, sample_heun, sample_images
@@ -89,8 +89,7 @@ def real_figures(test, classifier: Classifier, reference, count: int, seed: int)
         chosen = balanced_subset(test.labels, count, seeded_generator(seed, i))
         subset = Seen(seen.features[chosen], seen.logits[chosen])
         found.append(sample_figures(subset, test.labels[chosen], reference, seed))
-    columns = {name: [row[name] for row in found] for name in found[0]}
-    return {name: {"mean": statistics.mean(v), "deviation": statistics.stdev(v)} for name, v in columns.items()}
+    return spread(found)
 
 
 def run(num_images: int, data: str | None, max_evaluations: int, seed: int, out: Path) -> None:

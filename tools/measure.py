@@ -17,6 +17,7 @@ import torch
 from peers import IMAGE, Candidate
 from torch import Tensor, nn
 
+from ddpm_tutorial.checkpoint import written_aside
 from ddpm_tutorial.data import seeded_generator, to_model_range
 from ddpm_tutorial.diffusion import GaussianDiffusion, linear_beta_schedule
 from ddpm_tutorial.losses import noise_loss
@@ -286,9 +287,5 @@ def machine(device: torch.device) -> dict:
 
 
 def write_json(path: Path, result: dict) -> None:
-    aside = path.with_name(f".writing-{os.getpid()}-{path.name}")
-    try:
+    with written_aside(path) as aside:
         aside.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
