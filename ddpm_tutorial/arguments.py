@@ -44,16 +44,14 @@ def at_least(least: int, **options: int) -> None:
 
 
 def add_sampling_options(parser) -> None:
-    parser.add_argument("--sampler", default="ddim", metavar="X", help="ddim, ddpm, heun or dpmpp-2m (default: ddim)")
+    parser.add_argument("--sampler", metavar="X", help="ddim, ddpm, heun or dpmpp-2m (default: ddim)")
     parser.add_argument(
         "--num-inference-steps", type=int, metavar="N",
         help="steps (default: ddim 50, heun 25, dpmpp-2m 20); ddpm always takes all T",
     )  # fmt: skip
     parser.add_argument("--eta", type=float, metavar="E", help="ddim's share of fresh noise, 0 … 1 (default: 0)")
-    parser.add_argument(
-        "--guidance-scale", type=float, default=1.0, metavar="S", help="1: none; more: clearer classes (default: 1)"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of images and noise (default: 0)")
+    parser.add_argument("--guidance-scale", type=float, metavar="S", help="1: none; more: clearer classes (default: 1)")
+    parser.add_argument("--seed", type=int, metavar="N", help="seed of images and noise (default: 0)")
 
 
 class Parser(argparse.ArgumentParser):
@@ -121,6 +119,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     sample = commands.add_parser(
         "sample",
+        argument_default=argparse.SUPPRESS,  # what is not given is left to the function that takes it
         help="draw images from a checkpoint",
         description="Draw images from a trained model into a PNG grid, PNG files, an NPZ file or a GIF. The same "
         "seed gives the same images however many are asked for.",
@@ -130,7 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument(
         "--labels", nargs="+", metavar="LABEL", help="class names or numbers, repeated in turn (default: all)"
     )
-    sample.add_argument("--num-images", type=int, default=100, metavar="N", help="how many (default: 100)")
+    sample.add_argument("--num-images", type=int, metavar="N", help="how many (default: 100)")
     add_sampling_options(sample)
     sample.add_argument(
         "--out", type=Path, required=True,
@@ -140,6 +139,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser(
         "evaluate",
+        argument_default=argparse.SUPPRESS,
         help="measure a checkpoint on real images",
         description="Measure a trained model: the variational bound of real images in bits per dimension, or its "
         "samples beside real images (Fréchet distance, Inception Score, precision, recall, label agreement and more).",
@@ -147,24 +147,22 @@ def build_parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--checkpoint", metavar="FOLDER", help=f"a folder that train wrote (default: {SHIPPED})")
     evaluate.add_argument("--data", metavar="SOURCE", help="as for train")
-    evaluate.add_argument("--metric", default="bits-per-dim", metavar="X", help="bits-per-dim (the default) or samples")
+    evaluate.add_argument("--metric", metavar="X", help="bits-per-dim (the default) or samples")
     evaluate.add_argument(
-        "--num-images", type=int, default=200, metavar="N",
+        "--num-images", type=int, metavar="N",
         help="real images, or samples; 0: as many as the split has (default: 200)",
     )  # fmt: skip
     bound = evaluate.add_argument_group("with --metric bits-per-dim")
-    bound.add_argument("--split", default="test", metavar="X", help="test or train (default: test)")
-    bound.add_argument(
-        "--num-steps", type=int, default=50, metavar="N", help="timesteps for each image; 0: all T (default: 50)"
-    )
+    bound.add_argument("--split", metavar="X", help="test or train (default: test)")
+    bound.add_argument("--num-steps", type=int, metavar="N", help="timesteps for each image; 0: all T (default: 50)")
     samples = evaluate.add_argument_group("with --metric samples")
     samples.add_argument("--samples", type=Path, metavar="FILE.npz", help="judge these instead of drawing new ones")
     samples.add_argument(
-        "--repeats", type=int, default=1, metavar="R",
+        "--repeats", type=int, metavar="R",
         help="sets of samples to draw, or to divide FILE.npz into (default: 1)",
     )  # fmt: skip
     samples.add_argument(
-        "--features", default="own", metavar="X",
+        "--features", metavar="X",
         help="own: of the shipped classifier (the default); inception: of Inception-v3, as papers do (downloads it)",
     )  # fmt: skip
     add_sampling_options(samples)

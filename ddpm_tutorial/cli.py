@@ -137,7 +137,9 @@ def _settings(out: Path, resume: bool, given: dict) -> tuple[dict, "TrainConfig"
 
 
 # ------------------------------------------------------------------------------------------------ sample
-def run_sample(checkpoint: str | None, labels: list[str] | None, num_images: int, out: Path, **sampling) -> int:
+def run_sample(
+    out: Path, checkpoint: str | None = None, labels: list[str] | None = None, num_images: int = 100, **sampling
+) -> int:
     import torch
 
     from .trained import (
@@ -171,7 +173,13 @@ def run_sample(checkpoint: str | None, labels: list[str] | None, num_images: int
 
 # ---------------------------------------------------------------------------------------------- evaluate
 def run_evaluate(
-    checkpoint: str | None, data: str | None, metric: str, num_images: int, seed: int, out: Path | None, **options
+    checkpoint: str | None = None,
+    data: str | None = None,
+    metric: str = "bits-per-dim",
+    num_images: int = 200,
+    seed: int = 0,
+    out: Path | None = None,
+    **options,
 ) -> int:
     from .checkpoint import written_aside
     from .evaluation import measure_bits, measure_samples
@@ -182,7 +190,14 @@ def run_evaluate(
     at_least(0, num_images=num_images, seed=seed)
     if out is not None and (out.suffix != ".json" or not out.parent.is_dir()):
         raise ValueError(f"--out must be a FILE.json in a folder that exists, got {out}")
-    measure = measure_bits if metric == "bits-per-dim" else measure_samples
+    bits = metric == "bits-per-dim"
+    other = [name for name in options if (name in ("split", "num_steps")) != bits]
+    if "samples" in options:
+        other += [name for name in options if name not in ("samples", "repeats", "features", *other)]
+    if other:
+        told = "--samples FILE" if "samples" in options and not bits else f"--metric {metric}"
+        raise ValueError(f"{', '.join('--' + name.replace('_', '-') for name in other)} has no meaning with {told}")
+    measure = measure_bits if bits else measure_samples
     report = {"metric": metric, "seed": seed} | measure(load_trained(checkpoint), data, num_images, seed, **options)
     if out is not None:
         with written_aside(out) as aside:

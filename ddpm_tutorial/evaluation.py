@@ -1,6 +1,7 @@
 """What ``ddpm-tutorial evaluate`` measures: the bound of real images; what a classifier sees in samples (chapter 8)."""
 
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,12 +21,12 @@ from .metrics import (
 )
 from .trained import Trained, draw_images, read_samples
 
-REAL_REPEATS = 10  # random subsets of the test set for the real floor
+REAL_SUBSETS = 10  # random subsets of the test set for the real floor
 JUDGES = {"own": lambda device: Classifier.from_pretrained().to(device), "inception": InceptionV3}
 
 
 def measure_bits(
-    trained: Trained, data: str | None, num_images: int, seed: int, split: str, num_steps: int, **_
+    trained: Trained, data: str | None, num_images: int, seed: int, split: str = "test", num_steps: int = 50
 ) -> dict:
     """Print the bound of real images, term by term, and return the figures."""
     at_least(0, num_steps=num_steps)
@@ -36,9 +37,7 @@ def measure_bits(
     generator = seeded_generator(seed)
     chosen = torch.randperm(len(images), generator=generator)[: num_images or len(images)]
     x_0 = to_model_range(images[chosen]).to(trained.device)
-    result = bits_per_dim(
-        trained.model, trained.diffusion, x_0, generator, num_steps=num_steps or None, progress=True
-    )
+    result = bits_per_dim(trained.model, trained.diffusion, x_0, generator, num_steps=num_steps or None, progress=True)
 
     first = (result.terms * (result.timesteps == 1)) @ result.weights
     middle = result.total - result.prior - first
@@ -52,8 +51,9 @@ def measure_bits(
 
 
 def measure_samples(
-    trained: Trained, data: str | None, num_images: int, seed: int, samples: Path | None, repeats: int, features: str,
-    sampler: str, num_inference_steps: int | None, guidance_scale: float, eta: float | None, **_,
+    trained: Trained, data: str | None, num_images: int, seed: int, samples: Path | None = None, repeats: int = 1,
+    features: str = "own", sampler: str = "ddim", num_inference_steps: int | None = None, guidance_scale: float = 1.0,
+    eta: float | None = None,
 ) -> dict:  # fmt: skip
     """Print the figures of samples beside those of as many real test images, and return them.
 
@@ -75,6 +75,7 @@ def measure_samples(
         count = num_images or len(test.images)
     else:
         made, (images, labels) = {"samples": samples.name}, read_samples(samples)
+        _check_samples(samples, images, labels)
         count = len(images) // repeats
         drawn = list(zip(images.split(count), labels.split(count), strict=True))[:repeats] if count else []
     least = judge.num_features + 1
@@ -91,13 +92,9 @@ def measure_samples(
         figures = sample_figures(look(images, judge), labels if features == "own" else None, reference, seed)
         return figures | {"nearest_training_image": distances.median().item()}
 
-    def subset(labels: Tensor, number: int) -> Tensor:
-        return balanced_subset(labels, count, seeded_generator(seed, number))
-
-    held_out = [subset(test.labels, i) for i in range(REAL_REPEATS if count < len(test.images) else 1)]
     generated = spread([measure(*images_and_labels) for images_and_labels in drawn])
-    real = spread([measure(test.images[i], test.labels[i]) for i in held_out])
-    others = subset(train.labels, 0)
+    real = of_subsets(lambda chosen: measure(test.images[chosen], test.labels[chosen]), test.labels, count, seed)
+    others = balanced_subset(train.labels, count, seeded_generator(seed, 0))
     for figures, images, labels in (generated, *drawn[0]), (real, train.images[others], train.labels[others]):
         accuracy = accuracy_trained_on(images, labels, test.images, test.labels)
         figures["accuracy_trained_on"] = {"mean": accuracy, "deviation": None}
@@ -108,6 +105,18 @@ def measure_samples(
     return made | sizes | {"generated": generated, "real": real, "frechet_ratio": ratio}
 
 
+def _check_samples(path: Path, images: Tensor, labels: Tensor) -> None:
+    if images.shape[1:] != (1, 28, 28):
+        raise ValueError(f"{path} must hold grey images of 28×28, (N, 1, 28, 28), got {tuple(images.shape)}")
+    found = set(labels.tolist())
+    if not found <= set(range(len(CLASS_NAMES))):
+        raise ValueError(f"the labels in {path} must be 0 … {len(CLASS_NAMES) - 1}, got {min(found)} … {max(found)}")
+    if missing := [name for k, name in enumerate(CLASS_NAMES) if k not in found]:
+        raise ValueError(
+            f"{path} must hold all ten classes, as the real images beside it do: missing is {', '.join(missing)}"
+        )
+
+
 def spread(sets: list[dict[str, float]]) -> dict[str, dict[str, float | None]]:
     """Mean and standard deviation of each figure over several sets; the deviation of one set is None."""
     table = {name: [figures[name] for figures in sets] for name in sets[0]}
@@ -115,6 +124,13 @@ def spread(sets: list[dict[str, float]]) -> dict[str, dict[str, float | None]]:
         name: {"mean": statistics.mean(v), "deviation": statistics.stdev(v) if len(v) > 1 else None}
         for name, v in table.items()
     }
+
+
+def of_subsets(figures: Callable[[Tensor], dict], labels: Tensor, count: int, seed: int) -> dict:
+    """The ``spread`` of ``figures(indices)`` over random subsets of ``count`` images with these labels, classes alike:
+    the figures of real images, which those of as many samples stand beside. One subset, where it takes all images."""
+    number = REAL_SUBSETS if count < len(labels) else 1
+    return spread([figures(balanced_subset(labels, count, seeded_generator(seed, i))) for i in range(number)])
 
 
 def print_figures(generated: dict, real: dict, count: int, num_train_images: int) -> None:

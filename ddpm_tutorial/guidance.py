@@ -3,13 +3,20 @@
 Also a classifier of noisy images that classifier guidance can ask.
 """
 
+import contextlib
+import io
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
 
-from .diffusion import GaussianDiffusion
+from .diffusion import SHIPPED_WEIGHTS, GaussianDiffusion
+from .unet import Downsample, ResidualBlock, group_norm, sinusoidal_embedding
 
+SHIPPED_NOISY_CLASSIFIER = SHIPPED_WEIGHTS / "noisy_classifier"
 NoiseModel = Callable[[Tensor, Tensor], Tensor]  # (x_t (B, …), t (B,)) -> predicted noise (B, …)
 
 
@@ -102,35 +109,40 @@ def rescaled(guided: NoiseModel, plain: NoiseModel, diffusion: GaussianDiffusion
 
 
 # ------------------------------------------------------------------------------------- a classifier of noisy images
-class GaussianClassifier:
-    """p(label | x_t) at every t, where each class is taken for a Gaussian and all have one covariance C: then
-    x_t | label ~ N(√ᾱ_t m_label, ᾱ_t C + (1 − ᾱ_t) I), and Bayes' rule does the rest (linear discriminant analysis).
+class NoisyClassifier(nn.Module, PyTorchModelHubMixin, library_name="ddpm-tutorial", license="mit"):
+    """log p(label | x_t) up to a constant, at every t: x_t (B, in_channels, H, W), t (B,) → logits (B, num_classes).
 
-    ``images`` (N, …) float and ``labels`` (N,) give the means, C and the classes' frequencies; ``shrinkage`` is added
-    to C's diagonal. Called with x_t (B, …) and t (B,) it gives log p(label, x_t) up to a constant, (B, num_classes).
+    The way down of the U-Net (chapter 4), then the mean over positions, as in Dhariwal, Nichol, 2021, section 4. H and
+    W must be divisible by 4.
     """
 
-    def __init__(self, diffusion: GaussianDiffusion, images: Tensor, labels: Tensor, shrinkage: float = 0.01):
-        counts = labels.bincount()
-        if not counts.all():
-            raise ValueError(f"each class needs at least one image, got {counts.tolist()}")
-        x = images.flatten(1)
-        means = torch.stack([x[labels == k].mean(dim=0) for k in range(len(counts))])  # (K, D)
-        offsets = x - means[labels]
-        variances, self.axes = torch.linalg.eigh(offsets.T @ offsets / len(x))  # C = axes · diag(variances) · axesᵀ
-        self.variances, self.means = variances.clamp(min=0) + shrinkage, means @ self.axes
-        self.diffusion, self.log_frequency = diffusion, (counts / len(x)).log()
+    def __init__(self, in_channels: int = 1, num_classes: int = 10, channels: int = 32):
+        super().__init__()
+        self.channels, emb_channels = channels, 4 * channels
+        self.time_mlp = nn.Sequential(
+            nn.Linear(channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
+        )
+        self.conv_in = nn.Conv2d(4 * in_channels, channels, 3, padding=1)
+        self.fine = ResidualBlock(channels, channels, emb_channels)
+        self.downsample = Downsample(channels, 2 * channels)
+        self.coarse = ResidualBlock(2 * channels, 2 * channels, emb_channels)
+        self.norm_out = group_norm(2 * channels)
+        self.head = nn.Linear(2 * channels, num_classes)
 
-    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
-        x = x_t.flatten(1) @ self.axes  # along the axes of C the noisy classes' covariance is diagonal at every t
-        alpha_bar_t = self.diffusion.at(self.diffusion.alphas_cumprod, t, x)  # (B, 1)
-        precision = 1 / (alpha_bar_t * self.variances + 1 - alpha_bar_t)  # (B, D)
-        offsets = x[:, None] - alpha_bar_t.sqrt()[..., None] * self.means  # (B, K, D)
-        return self.log_frequency - 0.5 * (offsets**2 * precision[:, None]).sum(dim=2)
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        emb = self.time_mlp(sinusoidal_embedding(t, self.channels))
+        x = F.pixel_unshuffle(x_t, 2)  # (B, 4·in_channels, H/2, W/2)
+        x = self.downsample(self.fine(self.conv_in(x), emb))
+        x = self.coarse(x, emb)
+        return self.head(F.silu(self.norm_out(x)).mean(dim=(2, 3)))
+
+    @classmethod
+    def from_pretrained(cls, folder_or_hub_name: str | Path = SHIPPED_NOISY_CLASSIFIER, **options) -> "NoisyClassifier":
+        """The classifier saved in a folder or on the hub (default: the shipped one), in evaluation mode."""
+        with contextlib.redirect_stdout(io.StringIO()):  # the mixin prints where it loads from
+            return super().from_pretrained(str(folder_or_hub_name), strict=True, **options)
 
 
 def _check_labels(labels: Tensor, num_classes: int) -> None:
     if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
-        raise ValueError(
-            f"labels must lie in 0 … {num_classes - 1}, got {labels.min().item()} … {labels.max().item()}"
-        )
+        raise ValueError(f"labels must lie in 0 … {num_classes - 1}, got {labels.min().item()} … {labels.max().item()}")

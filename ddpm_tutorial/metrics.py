@@ -21,7 +21,7 @@ from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from .data import batch_indices, seeded_generator, to_model_range
-from .diffusion import SHIPPED_WEIGHTS
+from .diffusion import SHIPPED_WEIGHTS, GaussianDiffusion
 
 SHIPPED_CLASSIFIER = SHIPPED_WEIGHTS / "classifier"
 
@@ -89,17 +89,19 @@ class InceptionV3:
 
 
 def train_classifier(
-    model: Classifier,
+    model: nn.Module,
     images: Tensor,
     labels: Tensor,
     num_epochs: int = 8,
     batch_size: int = 128,
     lr: float = 5e-3,
     seed: int = 0,
+    diffusion: GaussianDiffusion | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """Train on uint8 ``images`` (N, C, H, W) and ``labels`` (N,), half of the images mirrored. Yields (step, loss).
 
-    AdamW, the learning rate in one cycle. The model is in evaluation mode at the end. Flips are right here, where a
+    With a ``diffusion`` the ``model(x_t, t)`` is a noise-aware one (chapter 7): each image gets the noise of a random
+    t. AdamW, the learning rate in one cycle. The model is in evaluation mode at the end. Flips are right here, where a
     mirrored shoe is still a shoe, though they would be wrong for the generative model.
     """
     device = next(model.parameters()).device
@@ -112,14 +114,22 @@ def train_classifier(
         index = next(batches)
         x = to_model_range(images[index])
         flip = torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5
-        x = torch.where(flip, x.flip(-1), x).to(device, memory_format=torch.channels_last)
-        loss = F.cross_entropy(model(x), labels[index].to(device))
+        x = torch.where(flip, x.flip(-1), x)
+        inputs = [x] if diffusion is None else _noised(x, diffusion, generator)
+        logits = model(*(part.to(device) for part in inputs))
+        loss = F.cross_entropy(logits, labels[index].to(device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         schedule.step()
         yield step, loss.detach()
     model.eval()
+
+
+def _noised(x_0: Tensor, diffusion: GaussianDiffusion, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """x_0 with noise, and the timesteps (B,) it belongs to, uniform in 1 … T."""
+    t = torch.randint(1, diffusion.num_timesteps + 1, x_0.shape[:1], generator=generator)
+    return diffusion.q_sample(x_0, t, torch.randn(x_0.shape, generator=generator)), t
 
 
 class Seen(NamedTuple):

@@ -96,7 +96,7 @@ def draw_chain(trained: Trained, labels: Tensor, *options, num_frames: int = 40,
 
 def sampler_of_images(
     trained: Trained,
-    sampler: str,
+    sampler: str = "ddim",
     num_inference_steps: int | None = None,
     guidance_scale: float = 1.0,
     seed: int = 0,
@@ -110,6 +110,8 @@ def sampler_of_images(
     at_least(0, seed=seed)
     if not math.isfinite(guidance_scale):
         raise ValueError(f"--guidance-scale must be a finite number, got {guidance_scale}")
+    if guidance_scale != 1 and not trained.class_names:
+        raise ValueError(f"trained without labels: --guidance-scale must be 1 here, got {guidance_scale}")
     if sampler not in SAMPLERS:
         raise ValueError(f"--sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
     options = {}

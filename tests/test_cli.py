@@ -29,6 +29,7 @@ from ddpm_tutorial.trained import (
     draw_images,
     load_trained,
     parse_label,
+    sampler_of_images,
     save_images,
 )
 from ddpm_tutorial.training import TrainConfig
@@ -428,6 +429,12 @@ def test_bad_input_of_sample(trained, tmp_path, fails):
     assert not (tmp_path / "x.png").exists()
 
 
+def test_guidance_without_labels_is_refused():
+    without = load_trained(None)._replace(class_names=())
+    with pytest.raises(ValueError, match="without labels: --guidance-scale must be 1 here, got 2"):
+        sampler_of_images(without, guidance_scale=2.0)
+
+
 def test_evaluate_gives_the_bound_as_json(trained, tmp_path, capsys):
     arguments = ["evaluate", "--checkpoint", trained, "--data", "sample", "--num-images", 6, "--num-steps", 5]
     assert cli.main([str(a) for a in [*arguments, "--out", tmp_path / "bits.json"]]) == 0
@@ -447,6 +454,8 @@ def test_bad_input_of_evaluate(trained, tmp_path, fails):
     assert "at least 0, got -1" in fails("evaluate", *data, "--num-steps", -1)
     assert "'train' or 'test', got 'valid'" in fails("evaluate", *data, "--split", "valid")
     assert "FILE.json" in fails("evaluate", *data, "--out", tmp_path / "x.txt")
+    told = fails("evaluate", *data, "--sampler", "ddim", "--eta", 1)
+    assert "--sampler, --eta has no meaning with --metric bits-per-dim" in told
 
 
 def test_damaged_checkpoint_of_sample(trained, tmp_path, fails):
@@ -511,7 +520,23 @@ def test_bad_input_of_evaluate_samples(trained, tmp_path, fails):
     assert "between 97 and 1000 images can be judged beside this data, got 96" in fails(*arguments, "--num-images", 96)
     assert "got 1001" in fails(*arguments, "--num-images", 1001)
     assert "--repeats must be at least 1, got 0" in fails(*arguments, "--repeats", 0)
+    assert "--split has no meaning with --metric samples" in fails(*arguments, "--split", "test")
+    told = fails(*arguments, "--samples", "x.npz", "--sampler", "heun", "--guidance-scale", 2)
+    assert "--sampler, --guidance-scale has no meaning with --samples FILE" in told
     (tmp_path / "no.npz").write_bytes(b"PK no zip")
     assert "is not a FILE.npz" in fails(*arguments, "--samples", tmp_path / "no.npz")
     np.savez(tmp_path / "other.npz", images=np.zeros((3, 28, 28)), labels=np.zeros(3))
     assert "must hold uint8 images (N, C, H, W)" in fails(*arguments, "--samples", tmp_path / "other.npz")
+    for name, shape, labels, told in (
+        (
+            "large",
+            (200, 1, 32, 32),
+            torch.arange(200) % 10,
+            "grey images of 28×28, (N, 1, 28, 28), got (200, 1, 32, 32)",
+        ),
+        ("colour", (200, 3, 28, 28), torch.arange(200) % 10, "got (200, 3, 28, 28)"),
+        ("labels", (200, 1, 28, 28), torch.arange(200) % 11, "must be 0 … 9, got 0 … 10"),
+        ("one", (200, 1, 28, 28), torch.full((200,), 7), "missing is T-shirt/top, Trouser"),
+    ):
+        np.savez(tmp_path / f"{name}.npz", images=np.zeros(shape, np.uint8), labels=labels.numpy())
+        assert told in fails(*arguments, "--samples", tmp_path / f"{name}.npz")

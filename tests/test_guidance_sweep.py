@@ -12,8 +12,8 @@ from torch.testing import assert_close
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 sweep = pytest.importorskip("guidance_sweep")
 
-from ddpm_tutorial import data  # noqa: E402
-from ddpm_tutorial.guidance import GaussianClassifier, classifier_free, classifier_guidance  # noqa: E402
+from ddpm_tutorial import data, evaluation  # noqa: E402
+from ddpm_tutorial.guidance import NoisyClassifier, classifier_free, classifier_guidance  # noqa: E402
 from ddpm_tutorial.results import RESULTS_FOLDER  # noqa: E402
 from ddpm_tutorial.sampling import sample_dpmpp_2m  # noqa: E402
 from ddpm_tutorial.trained import load_trained  # noqa: E402
@@ -27,9 +27,8 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 @pytest.fixture(scope="module")
 def networks():
-    trained, known = load_trained(None), data.load_fashion_mnist("train", "sample")
-    images, labels = (column[:1000].to(trained.device) for column in known[:2])
-    return trained, GaussianClassifier(trained.diffusion, data.to_model_range(images), labels)
+    trained = load_trained(None)
+    return trained, NoisyClassifier.from_pretrained().to(trained.device)
 
 
 @torch.no_grad()
@@ -107,7 +106,7 @@ def quick(monkeypatch, tmp_path):
     test = data.load_fashion_mnist("test", "sample")
     monkeypatch.setattr(sweep, "load_fashion_mnist", lambda split, source: few if split == "train" else test)
     monkeypatch.setattr(sweep, "SETTINGS", [Setting("classifier-free", 2.0), Setting("classifier", 2.0)])
-    monkeypatch.setattr(sweep, "REAL_SUBSETS", 2)
+    monkeypatch.setattr(evaluation, "REAL_SUBSETS", 2)
     return ["--num-images", "100", "--num-inference-steps", "1", "--out", str(tmp_path / "sweep.json")]
 
 

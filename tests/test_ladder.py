@@ -13,6 +13,7 @@ TOOLS = Path(__file__).parents[1] / "tools"
 sys.path.insert(0, str(TOOLS))
 ladder = pytest.importorskip("ladder")
 
+from ddpm_tutorial import evaluation  # noqa: E402
 from ddpm_tutorial.data import load_fashion_mnist  # noqa: E402
 from ddpm_tutorial.diffusion import GaussianDiffusion  # noqa: E402
 from ddpm_tutorial.trained import Trained  # noqa: E402
@@ -34,7 +35,7 @@ def small(monkeypatch):
     monkeypatch.setattr(ladder, "load_trained", lambda folder: trained)
     monkeypatch.setattr(ladder, "load_fashion_mnist", lambda split, source: first(load_fashion_mnist(split, source)))
     monkeypatch.setattr(ladder, "EVALUATIONS", (3, 4, 24))
-    monkeypatch.setattr(ladder, "REAL_SUBSETS", 3)
+    monkeypatch.setattr(evaluation, "REAL_SUBSETS", 3)
 
     def run(out, *options):
         return ladder.main(["--num-images", str(N), "--data", "sample", "--out", str(out), *map(str, options)])
@@ -145,7 +146,7 @@ def test_real_images_in_a_samplers_place_reach_the_floor(small, monkeypatch, tmp
     test = load_fashion_mnist("test", "sample")
     labels = torch.arange(N) % 10
     chosen = torch.stack([(test.labels == k).nonzero()[i // 10, 0] for i, k in enumerate(labels)])
-    monkeypatch.setattr(ladder, "REAL_SUBSETS", 8)
+    monkeypatch.setattr(evaluation, "REAL_SUBSETS", 8)
     monkeypatch.setattr(ladder, "draw", lambda *arguments: (test.images[chosen], 3, 1.0, 1.0))
     assert small(tmp_path / "a.json", "--max-evaluations", 3) == 0
     result = json.loads((tmp_path / "a.json").read_text())

@@ -25,9 +25,10 @@ from measure import machine, write_json
 from ddpm_tutorial.arguments import Parser
 from ddpm_tutorial.data import load_fashion_mnist, seeded_generator
 from ddpm_tutorial.diffusion import SCHEDULES, GaussianDiffusion
+from ddpm_tutorial.evaluation import of_subsets
 from ddpm_tutorial.guidance import classifier_free
 from ddpm_tutorial.losses import LOSSES
-from ddpm_tutorial.metrics import Classifier, Seen, balanced_subset, look, sample_figures
+from ddpm_tutorial.metrics import Classifier, Seen, look, sample_figures
 from ddpm_tutorial.results import RESULTS_FOLDER
 from ddpm_tutorial.sampling import sample_ddim, sample_ddpm, sample_images
 from ddpm_tutorial.training import TrainConfig, train
@@ -108,23 +109,13 @@ def draw(network: UNet, diffusion: GaussianDiffusion, count: int, how: dict) -> 
     return torch.cat(parts), labels
 
 
-def real_figures(data: str, count: int, reference: Seen) -> dict:
-    """The same figures of real test images: the mean over five random subsets of ``count``."""
-    test = load_fashion_mnist("test", data)
-    held_out, rows = look(test.images), []
-    for i in range(5):
-        chosen = balanced_subset(test.labels, count, seeded_generator(0, i))
-        rows.append(sample_figures(Seen(*(part[chosen] for part in held_out)), test.labels[chosen], reference))
-    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
-
-
 def main(argv: list[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     parser = Parser(prog="ablation.py", description="The ablation of chapter 8.")
     parser.add_argument("--data", required=True, metavar="SOURCE", help="'hub', 'sample', or a folder of IDX files")
     parser.add_argument("--runs", nargs="+", metavar="NAME", help=f"these only, of: {'; '.join(RUNS)}")
-    parser.add_argument("--num-train-steps", type=int, default=300, metavar="N", help="of each run (default: 300)")
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="(default: 64)")
+    parser.add_argument("--num-train-steps", type=int, default=1200, metavar="N", help="of each run (default: 1200)")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="(default: 32)")
     parser.add_argument("--channels", type=int, default=24, metavar="N", help="width of the U-Net (default: 24)")
     parser.add_argument("--lr", type=float, default=2e-3, metavar="X", help="peak learning rate (default: 2e-3)")
     parser.add_argument("--num-images", type=int, default=300, metavar="N", help="samples a row (default: 300)")
@@ -150,11 +141,17 @@ def main(argv: list[str] | None = None) -> int:
                 parser.error(f"{args.out} holds runs of other settings, {result['settings']}; --out takes another file")
         reference = look(load_fashion_mnist("train", args.data).images)
         if "real" not in result:
-            result["real"] = real_figures(args.data, args.num_images, reference)
+            test = load_fashion_mnist("test", args.data)
+            held_out = look(test.images)
+
+            def figures_of(chosen: torch.Tensor) -> dict[str, float]:
+                return sample_figures(Seen(*(seen[chosen] for seen in held_out)), test.labels[chosen], reference)
+
+            result["real"] = of_subsets(figures_of, test.labels, args.num_images, 0)
     except (ValueError, OSError, KeyError) as error:
         parser.error(f"{error}")
     wanted = [name for name in names if name not in result["runs"]]
-    options = fixed | {"data": args.data, "threads": max(1, (os.cpu_count() or 1) // args.processes)}
+    options = fixed | {"data": args.data, "threads": max(1, torch.get_num_threads() // args.processes)}
     with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
         running: dict[Future, str] = {pool.submit(train_and_judge, name, options, reference): name for name in wanted}
         for done in as_completed(running):

@@ -1,32 +1,30 @@
-"""Measure chapter 9's editing on real test images and write editing.json into the package's results:
-
-    python tools/editing_figures.py
+"""Measure chapter 9's editing on real test images: python tools/editing_figures.py [--help].
 
 Half-known images are completed with and without going back and forth; image-to-image changes a garment's class at
-several strengths. Each figure is written as soon as it is known, and a second call goes on from there.
+several strengths. Rows are written one by one: a run that was stopped goes on with the same command.
 """
 
-import argparse
-import json
-import platform
+import sys
 from functools import partial
 from pathlib import Path
 
-import torch
-from torch import Tensor
-from tqdm import tqdm
+sys.path.insert(0, str(Path(__file__).parent))
 
-from ddpm_tutorial.checkpoint import written_aside
-from ddpm_tutorial.data import load_fashion_mnist, seeded_generator, to_model_range, to_uint8
-from ddpm_tutorial.diffusion import GaussianDiffusion
+import torch
+from measure import machine, write_json
+from resumable import add_options, fingerprint, read_started, run_checked
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ddpm_tutorial.arguments import Parser
+from ddpm_tutorial.data import ImageData, load_fashion_mnist, seeded_generator, to_model_range, to_uint8
+from ddpm_tutorial.diffusion import SHIPPED_WEIGHTS
 from ddpm_tutorial.editing import keep_known, resample
 from ddpm_tutorial.guidance import classifier_free
-from ddpm_tutorial.metrics import Classifier, label_agreement, look
-from ddpm_tutorial.results import RESULTS_FOLDER
+from ddpm_tutorial.metrics import SHIPPED_CLASSIFIER, Classifier, label_agreement, look
 from ddpm_tutorial.sampling import sample_ddim
-from ddpm_tutorial.unet import UNet
+from ddpm_tutorial.trained import load_trained
 
-OUT = RESULTS_FOLDER / "editing.json"
 # with the true label or without, steps, eta, loops
 COMPLETIONS = [
     (False, 25, 0.0, 1), (False, 25, 1.0, 1), (False, 25, 1.0, 2), (False, 25, 1.0, 5), (False, 125, 1.0, 1),
@@ -37,17 +35,20 @@ STRENGTHS = [0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0]
 
 
 class Measure:
-    def __init__(self, num_images: int):
-        self.model, self.diffusion = UNet.from_pretrained(), GaussianDiffusion.from_pretrained()
-        self.judge, test = Classifier.from_pretrained(), load_fashion_mnist("test", source="sample")
-        chosen = torch.randperm(len(test.images), generator=seeded_generator(0))[:num_images]
-        self.x_0, self.labels = to_model_range(test.images[chosen]), test.labels[chosen]
-        self.all, self.all_labels = to_model_range(test.images), test.labels
-        self.mask = torch.zeros(1, 1, 28, 28, dtype=torch.bool)
+    """The figures of ``num_images`` test images, chosen at random, and of what editing makes of them."""
+
+    def __init__(self, test: ImageData, num_images: int, seed: int):
+        trained = load_trained(None)
+        self.model, self.diffusion, self.seed = trained.model, trained.diffusion, seed
+        self.judge = Classifier.from_pretrained().to(trained.device)
+        self.all, self.all_labels = (column.to(trained.device) for column in (to_model_range(test.images), test.labels))
+        chosen = torch.randperm(len(test.images), generator=seeded_generator(seed))[:num_images]
+        self.x_0, self.labels = self.all[chosen], self.all_labels[chosen]
+        self.mask = torch.zeros(1, 1, 28, 28, dtype=torch.bool, device=trained.device)
         self.mask[..., :14] = True  # the left half is known
 
     def agreement(self, x: Tensor, labels: Tensor) -> float:
-        return label_agreement(look(to_uint8(x), self.judge).logits, labels)
+        return label_agreement(look(to_uint8(x), self.judge).logits, labels.cpu())
 
     def figures_of(self, x: Tensor) -> dict:
         seam = (x[..., 14] - x[..., 13]).abs().mean().item()
@@ -57,11 +58,11 @@ class Measure:
     def completion(self, with_label: bool, steps: int, eta: float, loops: int) -> dict:
         model = classifier_free(self.model, self.labels) if with_label else self.model
         model = keep_known(model, self.diffusion, self.x_0, self.mask)
-        generator, shape = seeded_generator(1), self.x_0.shape
+        generator, shape = seeded_generator(self.seed, 1, device=self.x_0.device), self.x_0.shape
         sampler = partial(
             sample_ddim, model, self.diffusion, shape, num_inference_steps=steps, eta=eta, generator=generator
         )
-        x_T = torch.randn(shape, generator=generator)
+        x_T = torch.randn(shape, generator=generator, device=self.x_0.device)
         walk = resample(sampler, self.diffusion, x_T, num_loops=loops, generator=generator)
         for step in tqdm(walk, total=steps * loops, desc=f"{steps} steps, eta {eta:g}, {loops} loops", mininterval=5):
             last = step
@@ -69,9 +70,9 @@ class Measure:
 
     def change(self, old: int, new: int, strength: float) -> dict:
         x_0 = self.all[self.all_labels == old][: len(self.x_0) // 4]
-        start, generator = round(strength * self.diffusion.num_timesteps), seeded_generator(2)
-        x_start = self.diffusion.q_sample(x_0, start, torch.randn(x_0.shape, generator=generator))
-        labels = torch.full((len(x_0),), new)
+        start, generator = round(strength * self.diffusion.num_timesteps), seeded_generator(self.seed, 2)
+        x_start = self.diffusion.q_sample(x_0, start, torch.randn(x_0.shape, generator=generator).to(x_0.device))
+        labels = torch.full((len(x_0),), new, device=x_0.device)
         *_, last = sample_ddim(
             classifier_free(self.model, labels, 2.0), self.diffusion, x_0.shape, x_T=x_start, start=start,
             num_inference_steps=20,
@@ -81,34 +82,44 @@ class Measure:
         return {"label_agreement": self.agreement(last.x_t, labels), "similarity": similarity}
 
 
-def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--num-images", type=int, default=100,
-        help="images to complete, and a quarter of that of each class to change (default: 100)",
-    )  # fmt: skip
-    parser.add_argument("--out", type=Path, default=OUT, help="(default: the package's results)")
-    options = parser.parse_args(argv)
-    torch.set_num_threads(1)
-    measure = Measure(options.num_images)
-    report = {
-        "command": f"python tools/editing_figures.py --num-images {options.num_images}",
-        "machine": f"{platform.machine()}, one CPU core, torch {torch.__version__.split('+')[0]}",
-        "num_images": options.num_images, "seed": [0, 1, 2], "real": measure.figures_of(measure.x_0), "rows": [],
-    }  # fmt: skip
-    if options.out.exists():
-        before = json.loads(options.out.read_text())
-        if all(before[name] == report[name] for name in ("command", "real")):
-            report = before
-    jobs = [("completion", dict(zip(("with_label", "steps", "eta", "loops"), c, strict=True))) for c in COMPLETIONS]
-    jobs += [("change", {"old": old, "new": new, "strength": s}) for old, new in CHANGES for s in STRENGTHS]
-    for kind, settings in jobs:
-        row = {"kind": kind} | settings
-        if not any(row.items() <= done.items() for done in report["rows"]):
-            report["rows"].append(row | getattr(measure, kind)(**settings))
-            with written_aside(options.out) as aside:
-                aside.write_text(json.dumps(report, indent=1) + "\n")
+def jobs() -> list[dict]:
+    """What each row is about: the name of a method of ``Measure`` as "kind", and its arguments."""
+    names = ("with_label", "steps", "eta", "loops")
+    completions = [{"kind": "completion"} | dict(zip(names, values, strict=True)) for values in COMPLETIONS]
+    changes = [{"kind": "change", "old": old, "new": new, "strength": s} for old, new in CHANGES for s in STRENGTHS]
+    return completions + changes
+
+
+def run(num_images: int, data: str | None, seed: int, out: Path) -> None:
+    test = load_fashion_mnist("test", data)
+    if not 4 <= num_images <= len(test.images):
+        raise ValueError(f"--num-images must lie in 4 … {len(test.images)} for this data, got {num_images}")
+    measure = Measure(test, num_images, seed)
+    settings = {
+        "num_images": num_images,
+        "seed": seed,
+        "device": measure.x_0.device.type,
+        "num_test_images": len(test.images),
+        "weights": fingerprint(SHIPPED_WEIGHTS / "model.safetensors"),
+        "classifier": fingerprint(SHIPPED_CLASSIFIER / "model.safetensors"),
+    }
+    result = read_started(out, settings, lambda row: row["kind"])
+    result["command"] = f"python tools/editing_figures.py --num-images {num_images} --data SOURCE --seed {seed}"
+    result["machine"], result["real"] = machine(measure.x_0.device), measure.figures_of(measure.x_0)
+    for job in jobs():
+        if not any(job.items() <= row.items() for row in result["rows"]):
+            arguments = {name: value for name, value in job.items() if name != "kind"}
+            result["rows"].append(job | getattr(measure, job["kind"])(**arguments))
+            write_json(out, result)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(prog="editing_figures.py", description="Chapter 9's editing, measured on real test images.")
+    parser.add_argument("--num-images", type=int, default=100, metavar="N",
+                        help="images to complete; up to a quarter of that to change (default: 100)")  # fmt: skip
+    add_options(parser, "editing")
+    return run_checked(parser, parser.parse_args(argv), run)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -21,20 +21,20 @@ from tqdm.auto import tqdm
 from ddpm_tutorial.arguments import Parser
 from ddpm_tutorial.data import load_fashion_mnist, seeded_generator, to_model_range
 from ddpm_tutorial.diffusion import SHIPPED_WEIGHTS
-from ddpm_tutorial.evaluation import spread
+from ddpm_tutorial.evaluation import of_subsets
 from ddpm_tutorial.guidance import (
-    GaussianClassifier,
+    SHIPPED_NOISY_CLASSIFIER,
     NoiseModel,
+    NoisyClassifier,
     classifier_free,
     classifier_guidance,
     guided_between,
     rescaled,
 )
-from ddpm_tutorial.metrics import SHIPPED_CLASSIFIER, Classifier, Seen, balanced_subset, look, sample_figures
+from ddpm_tutorial.metrics import SHIPPED_CLASSIFIER, Classifier, Seen, look, sample_figures
 from ddpm_tutorial.sampling import sample_dpmpp_2m, sample_images
 from ddpm_tutorial.trained import Trained, load_trained
 
-REAL_SUBSETS = 10
 BATCH_SIZE = 100
 
 
@@ -58,9 +58,7 @@ SETTINGS = [
 ]
 
 
-def guided_model(
-    setting: Setting, trained: Trained, noisy_classifier: GaussianClassifier, labels: Tensor
-) -> NoiseModel:
+def guided_model(setting: Setting, trained: Trained, noisy_classifier: NoisyClassifier, labels: Tensor) -> NoiseModel:
     """The noise model of a setting, for these labels (B,)."""
     model, diffusion = trained.model, trained.diffusion
     conditional = classifier_free(model, labels)
@@ -107,15 +105,6 @@ def figures(images: Tensor, labels: Tensor, classifier: Classifier, reference: S
     }
 
 
-def real_figures(test, classifier: Classifier, reference: Seen, count: int, seed: int) -> dict:
-    """The same of ``count`` real test images: mean and deviation over random subsets."""
-    found = []
-    for i in range(REAL_SUBSETS):
-        chosen = balanced_subset(test.labels, count, seeded_generator(seed, i))
-        found.append(figures(test.images[chosen], test.labels[chosen], classifier, reference, seed))
-    return spread(found)
-
-
 def key(row: dict) -> Setting:
     """The setting that a row of the file belongs to."""
     values = {name: row[name] for name in Setting._fields}
@@ -127,8 +116,7 @@ def run(num_images: int, steps: int, data: str | None, seed: int, out: Path) -> 
     trained.model.requires_grad_(False).to(memory_format=torch.channels_last)
     classifier.to(trained.device)
     train, test = load_fashion_mnist("train", data), load_fashion_mnist("test", data)
-    images, known = (column.to(trained.device) for column in train[:2])
-    noisy_classifier = GaussianClassifier(trained.diffusion, to_model_range(images), known)
+    noisy_classifier = NoisyClassifier.from_pretrained().requires_grad_(False).to(trained.device)
     fewest = test.labels.bincount().min().item()
     if not classifier.num_features < num_images <= 10 * fewest or num_images % 10:
         raise ValueError(
@@ -145,6 +133,7 @@ def run(num_images: int, steps: int, data: str | None, seed: int, out: Path) -> 
         "num_test_images": len(test.images),
         "weights": fingerprint(SHIPPED_WEIGHTS / "model.safetensors"),
         "classifier": fingerprint(SHIPPED_CLASSIFIER / "model.safetensors"),
+        "noisy_classifier": fingerprint(SHIPPED_NOISY_CLASSIFIER / "model.safetensors"),
     }
     result = read_started(out, settings, key)
     result["command"] = (
@@ -154,7 +143,11 @@ def run(num_images: int, steps: int, data: str | None, seed: int, out: Path) -> 
     result["machine"] = machine(trained.device)
     reference, labels = look(train.images, classifier), torch.arange(num_images) % 10
     if "real" not in result:
-        result["real"] = real_figures(test, classifier, reference, num_images, seed)
+
+        def figures_of(chosen: Tensor) -> dict[str, float]:
+            return figures(test.images[chosen], test.labels[chosen], classifier, reference, seed)
+
+        result["real"] = of_subsets(figures_of, test.labels, num_images, seed)
         write_json(out, result)
     done = {key(row) for row in result["rows"]}
     missing = [setting for setting in SETTINGS if setting not in done]

@@ -22,14 +22,13 @@ from tqdm.auto import tqdm
 from ddpm_tutorial.arguments import Parser
 from ddpm_tutorial.data import load_fashion_mnist, seeded_generator
 from ddpm_tutorial.diffusion import SHIPPED_WEIGHTS
-from ddpm_tutorial.evaluation import spread
+from ddpm_tutorial.evaluation import of_subsets
 from ddpm_tutorial.guidance import classifier_free
-from ddpm_tutorial.metrics import SHIPPED_CLASSIFIER, Classifier, Seen, balanced_subset, look, sample_figures
+from ddpm_tutorial.metrics import SHIPPED_CLASSIFIER, Classifier, Seen, look, sample_figures
 from ddpm_tutorial.sampling import sample_ddim, sample_ddpm, sample_dpmpp_2m, sample_heun, sample_images
 from ddpm_tutorial.trained import Trained, load_trained
 
 EVALUATIONS = (5, 10, 20, 50, 100, 250, 1000)  # of the network, for each image
-REAL_SUBSETS = 10
 BATCH_SIZE = 250
 SOLVERS = {
     "DDIM, η = 0": partial(sample_ddim, eta=0.0),
@@ -82,16 +81,6 @@ def draw(sampler: Callable, trained: Trained, labels: Tensor, seed: int, bar: tq
     return images, calls // len(batches), *seconds
 
 
-def real_figures(test, classifier: Classifier, reference, count: int, seed: int) -> dict[str, dict[str, float]]:
-    """The figures of ``count`` real test images: mean and standard deviation over random subsets."""
-    seen, found = look(test.images, classifier), []
-    for i in range(REAL_SUBSETS):
-        chosen = balanced_subset(test.labels, count, seeded_generator(seed, i))
-        subset = Seen(seen.features[chosen], seen.logits[chosen])
-        found.append(sample_figures(subset, test.labels[chosen], reference, seed))
-    return spread(found)
-
-
 def run(num_images: int, data: str | None, max_evaluations: int, seed: int, out: Path) -> None:
     trained, classifier = load_trained(None), Classifier.from_pretrained()
     classifier.to(trained.device)
@@ -113,7 +102,12 @@ def run(num_images: int, data: str | None, max_evaluations: int, seed: int, out:
     result["machine"] = machine(trained.device)
     reference = look(train.images, classifier)
     if "real" not in result:
-        result["real"] = real_figures(test, classifier, reference, num_images, seed)
+        held_out = look(test.images, classifier)
+
+        def figures_of(chosen: Tensor) -> dict[str, float]:
+            return sample_figures(Seen(*(seen[chosen] for seen in held_out)), test.labels[chosen], reference, seed)
+
+        result["real"] = of_subsets(figures_of, test.labels, num_images, seed)
         write_json(out, result)
 
     labels = torch.arange(num_images) % trained.model.num_classes
