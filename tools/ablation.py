@@ -148,6 +148,7 @@ def main(argv: list[str] | None = None) -> int:
                 return sample_figures(Seen(*(seen[chosen] for seen in held_out)), test.labels[chosen], reference)
 
             result["real"] = of_subsets(figures_of, test.labels, args.num_images, 0)
+            write_json(args.out, result)
     except (ValueError, OSError, KeyError) as error:
         parser.error(f"{error}")
     wanted = [name for name in names if name not in result["runs"]]
