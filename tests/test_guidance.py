@@ -283,6 +283,6 @@ def test_noisy_classifier_is_trained_on_noised_images():
     with torch.enable_grad():
         losses = [loss for _, loss in train_classifier(model, images, labels, 4, 64, diffusion=diffusion)]
     assert len(losses) == 40 and not model.training
-    x_0, t = to_model_range(images), torch.full((640,), 50)
+    x_0, t = to_model_range(images), torch.full((640,), 30)
     x_t = diffusion.q_sample(x_0, t, torch.randn(x_0.shape, generator=seeded(1)))
-    assert (model(x_t, t).argmax(1) == labels).float().mean() > 0.95
+    assert (model(x_t, t).argmax(1) == labels).float().mean() > 0.97
