@@ -190,14 +190,13 @@ def run_evaluate(
     at_least(0, num_images=num_images, seed=seed)
     if out is not None and (out.suffix != ".json" or not out.parent.is_dir()):
         raise ValueError(f"--out must be a FILE.json in a folder that exists, got {out}")
-    bits = metric == "bits-per-dim"
-    other = [name for name in options if (name in ("split", "num_steps")) != bits]
-    if "samples" in options:
-        other += [name for name in options if name not in ("samples", "repeats", "features", *other)]
-    if other:
-        told = "--samples FILE" if "samples" in options and not bits else f"--metric {metric}"
-        raise ValueError(f"{', '.join('--' + name.replace('_', '-') for name in other)} has no meaning with {told}")
-    measure = measure_bits if bits else measure_samples
+    measure, chosen, taken = measure_bits, f"--metric {metric}", {"split", "num_steps"}
+    if metric == "samples":
+        measure, taken = measure_samples, set(options) - taken
+        if "samples" in options:
+            chosen, taken = "--samples FILE", {"samples", "repeats", "features"}
+    if other := [f"--{name.replace('_', '-')}" for name in options if name not in taken]:
+        raise ValueError(f"{', '.join(other)} has no meaning with {chosen}")
     report = {"metric": metric, "seed": seed} | measure(load_trained(checkpoint), data, num_images, seed, **options)
     if out is not None:
         with written_aside(out) as aside:

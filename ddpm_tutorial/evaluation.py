@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from .arguments import at_least
-from .data import CLASS_NAMES, load_images, seeded_generator, to_model_range
+from .data import CLASS_NAMES, ImageData, load_images, seeded_generator, to_model_range
 from .elbo import bits_per_dim, mean_and_error
 from .metrics import (
     Classifier,
     InceptionV3,
+    Seen,
     accuracy_trained_on,
     balanced_subset,
     look,
@@ -131,6 +132,16 @@ def of_subsets(figures: Callable[[Tensor], dict], labels: Tensor, count: int, se
     the figures of real images, which those of as many samples stand beside. One subset, where it takes all images."""
     number = REAL_SUBSETS if count < len(labels) else 1
     return spread([figures(balanced_subset(labels, count, seeded_generator(seed, i))) for i in range(number)])
+
+
+def real_figures(test: ImageData, reference: Seen, count: int, seed: int = 0, judge: Classifier | None = None) -> dict:
+    """``of_subsets`` of what a judge (default: the shipped one) sees in real test images; each image is seen once."""
+    held_out = look(test.images, judge)
+
+    def figures(chosen: Tensor) -> dict[str, float]:
+        return sample_figures(Seen(*(seen[chosen] for seen in held_out)), test.labels[chosen], reference, seed)
+
+    return of_subsets(figures, test.labels, count, seed)
 
 
 def print_figures(generated: dict, real: dict, count: int, num_train_images: int) -> None:

@@ -274,7 +274,7 @@ def test_noisy_classifier_takes_each_images_own_timestep():
 
 @torch.no_grad()
 def test_noisy_classifier_is_trained_on_noised_images():
-    """Trained with a diffusion it knows the class of noisy points; a network that ignores t cannot do as well."""
+    """Trained with a diffusion it knows the class of noisy images."""
     diffusion = GaussianDiffusion.from_schedule("linear", 100)
     labels = torch.arange(640) % 2
     images = (labels * 200 + 20).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 8, 8).contiguous()  # dark or light

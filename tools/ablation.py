@@ -25,7 +25,7 @@ from measure import machine, write_json
 from ddpm_tutorial.arguments import Parser
 from ddpm_tutorial.data import load_fashion_mnist, seeded_generator
 from ddpm_tutorial.diffusion import SCHEDULES, GaussianDiffusion
-from ddpm_tutorial.evaluation import of_subsets
+from ddpm_tutorial.evaluation import real_figures
 from ddpm_tutorial.guidance import classifier_free
 from ddpm_tutorial.losses import LOSSES
 from ddpm_tutorial.metrics import Classifier, Seen, look, sample_figures
@@ -141,13 +141,7 @@ def main(argv: list[str] | None = None) -> int:
                 parser.error(f"{args.out} holds runs of other settings, {result['settings']}; --out takes another file")
         reference = look(load_fashion_mnist("train", args.data).images)
         if "real" not in result:
-            test = load_fashion_mnist("test", args.data)
-            held_out = look(test.images)
-
-            def figures_of(chosen: torch.Tensor) -> dict[str, float]:
-                return sample_figures(Seen(*(seen[chosen] for seen in held_out)), test.labels[chosen], reference)
-
-            result["real"] = of_subsets(figures_of, test.labels, args.num_images, 0)
+            result["real"] = real_figures(load_fashion_mnist("test", args.data), reference, args.num_images)
             write_json(args.out, result)
     except (ValueError, OSError, KeyError) as error:
         parser.error(f"{error}")

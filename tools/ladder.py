@@ -22,9 +22,9 @@ from tqdm.auto import tqdm
 from ddpm_tutorial.arguments import Parser
 from ddpm_tutorial.data import load_fashion_mnist, seeded_generator
 from ddpm_tutorial.diffusion import SHIPPED_WEIGHTS
-from ddpm_tutorial.evaluation import of_subsets
+from ddpm_tutorial.evaluation import real_figures
 from ddpm_tutorial.guidance import classifier_free
-from ddpm_tutorial.metrics import SHIPPED_CLASSIFIER, Classifier, Seen, look, sample_figures
+from ddpm_tutorial.metrics import SHIPPED_CLASSIFIER, Classifier, look, sample_figures
 from ddpm_tutorial.sampling import sample_ddim, sample_ddpm, sample_dpmpp_2m, sample_heun, sample_images
 from ddpm_tutorial.trained import Trained, load_trained
 
@@ -102,12 +102,7 @@ def run(num_images: int, data: str | None, max_evaluations: int, seed: int, out:
     result["machine"] = machine(trained.device)
     reference = look(train.images, classifier)
     if "real" not in result:
-        held_out = look(test.images, classifier)
-
-        def figures_of(chosen: Tensor) -> dict[str, float]:
-            return sample_figures(Seen(*(seen[chosen] for seen in held_out)), test.labels[chosen], reference, seed)
-
-        result["real"] = of_subsets(figures_of, test.labels, num_images, seed)
+        result["real"] = real_figures(test, reference, num_images, seed, classifier)
         write_json(out, result)
 
     labels = torch.arange(num_images) % trained.model.num_classes

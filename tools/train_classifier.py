@@ -30,11 +30,10 @@ Accuracy on the {tests:,} test images: {accuracy}. MIT licence, as the package.
 @torch.no_grad()
 def noisy_accuracy(model: NoisyClassifier, diffusion: GaussianDiffusion, test: ImageData, t: int) -> float:
     """The share of test images, noised to t, of which the classifier names the class."""
-    x_0, right = to_model_range(test.images), 0
-    noise = torch.randn(x_0.shape, generator=seeded_generator(0, t))
-    for x, label in zip(diffusion.q_sample(x_0, t, noise).split(500), test.labels.split(500), strict=True):
-        right += (model(x, torch.full((len(x),), t)).argmax(1) == label).sum().item()
-    return right / len(x_0)
+    x_0 = to_model_range(test.images)
+    x_t = diffusion.q_sample(x_0, t, torch.randn(x_0.shape, generator=seeded_generator(0, t)))
+    logits = torch.cat([model(batch, torch.full((len(batch),), t)) for batch in x_t.split(500)])
+    return label_agreement(logits, test.labels)
 
 
 def main(argv: list[str] | None = None) -> int:
