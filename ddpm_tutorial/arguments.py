@@ -50,7 +50,10 @@ def add_sampling_options(parser) -> None:
         help="steps (default: ddim 50, heun 25, dpmpp-2m 20); ddpm always takes all T",
     )  # fmt: skip
     parser.add_argument("--eta", type=float, metavar="E", help="ddim's share of fresh noise, 0 … 1 (default: 0)")
-    parser.add_argument("--guidance-scale", type=float, metavar="S", help="1: none; more: clearer classes (default: 1)")
+    parser.add_argument(
+        "--guidance-scale", type=float, metavar="S",
+        help="0: any class; 1: the class, no guidance; more: a clearer one (default: 1)",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, metavar="N", help="seed of images and noise (default: 0)")
 
 
@@ -131,6 +134,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sample.add_argument("--num-images", type=int, metavar="N", help="how many (default: 100)")
     add_sampling_options(sample)
+    sample.add_argument("--batch-size", type=int, metavar="N", help="images drawn together (default: 200)")
     sample.add_argument(
         "--out", type=Path, required=True,
         help="FILE.png (a grid), FILE.npz (images and labels), FILE.gif (the chain, up to 200 images), or a new "

@@ -1,4 +1,4 @@
-"""The command line: ``ddpm-tutorial train``, ``sample`` and ``evaluate`` (chapters 5, 6 and 2).
+"""The command line: ``ddpm-tutorial train``, ``sample`` and ``evaluate`` (chapters 5, 6 and 8).
 
 Exit status: 0 done, 1 failed while running, 2 bad input (one line says what), 130 or 143 stopped by a signal.
 """
@@ -157,12 +157,14 @@ def run_sample(
     at_least(1, num_images=num_images)
     if out.suffix == ".gif" and num_images > BATCH_SIZE:
         raise ValueError(f"--num-images must be at most {BATCH_SIZE} for a GIF, got {num_images}")
+    if out.suffix == ".gif" and "batch_size" in sampling:
+        raise ValueError("--batch-size has no meaning for a GIF: its images are drawn together")
     trained = load_trained(checkpoint)
     if not trained.class_names and labels:
         raise ValueError("this checkpoint was trained without labels; leave --labels out")
     wanted = [parse_label(label, trained.class_names) for label in labels or range(len(trained.class_names))] or [0]
     all_labels = torch.tensor([wanted[i % len(wanted)] for i in range(num_images)])
-    columns = max(10, len(wanted)) if len(wanted) > 1 else 10
+    columns = len(wanted) * max(1, 10 // len(wanted))  # each column one class
     if out.suffix == ".gif":
         save_chain(draw_chain(trained, all_labels, **sampling), out, columns)
     else:

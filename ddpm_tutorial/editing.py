@@ -13,8 +13,9 @@ from .sampling import SampleStep
 def keep_known(model: NoiseModel, diffusion: GaussianDiffusion, known: Tensor, mask: Tensor) -> NoiseModel:
     """``model`` with the answer given where ``mask`` is true: the noise there is the one that ``known`` leaves in x_t.
 
-    Each pred_x0 then has the known pixels, so any sampler takes them along the forward process of ``known`` (DDIM
-    eq. 7, with the true x_0) and ends at them; ``model`` fills in the others. ``known`` and ``mask`` (bool) are
+    Each pred_x0 then has the known pixels, so a sampler takes them along the forward process of ``known`` (DDIM eq. 7,
+    with the true x_0) and ends at them; ``model`` fills in the others. Only ``sample_ddpm(variance="beta")``, whose
+    noise is not of that family, gives them too much noise on the way. ``known`` and ``mask`` (bool) are
     (B, …), or of a shape that expands to it.
     """
     if mask.dtype != torch.bool:
@@ -36,7 +37,8 @@ def resample(
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> Iterator[SampleStep]:
     """RePaint (Lugmayr et al., 2022, arXiv:2201.09865): each step down is taken ``num_loops`` times, with noise added
-    again between, so that pixels settle on one another. 1 loop is the sampler itself, one step at a time.
+    again between, so that pixels settle on one another. 1 loop is the sampler itself, one step at a time; but
+    ``sample_dpmpp_2m`` begins afresh in each step, without the last one to draw a line through: it is DDIM here.
 
     ``sampler(x_T=…, start=…)`` is one of ``SAMPLERS`` with the rest filled in:
     ``partial(sample_ddim, keep_known(model, …), diffusion, shape)``. Yields every step; t goes down and up, the last

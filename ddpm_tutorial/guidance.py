@@ -3,10 +3,7 @@
 Also a classifier of noisy images that classifier guidance can ask.
 """
 
-import contextlib
-import io
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +11,9 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from .diffusion import SHIPPED_WEIGHTS, GaussianDiffusion
+from .pretrained import Pretrained
 from .unet import Downsample, ResidualBlock, group_norm, sinusoidal_embedding
 
-SHIPPED_NOISY_CLASSIFIER = SHIPPED_WEIGHTS / "noisy_classifier"
 NoiseModel = Callable[[Tensor, Tensor], Tensor]  # (x_t (B, …), t (B,)) -> predicted noise (B, …)
 
 
@@ -109,16 +106,21 @@ def rescaled(guided: NoiseModel, plain: NoiseModel, diffusion: GaussianDiffusion
 
 
 # ------------------------------------------------------------------------------------- a classifier of noisy images
-class NoisyClassifier(nn.Module, PyTorchModelHubMixin, library_name="ddpm-tutorial", license="mit"):
-    """log p(label | x_t) up to a constant, at every t: x_t (B, in_channels, H, W), t (B,) → logits (B, num_classes).
+class NoisyClassifier(nn.Module, Pretrained, PyTorchModelHubMixin, library_name="ddpm-tutorial", license="mit"):
+    """log p(label | x_t) up to a constant, at every t: x_t (B, in_channels, S, S), t (B,) → logits (B, num_classes).
 
-    The way down of the U-Net (chapter 4), then the mean over positions, as in Dhariwal, Nichol, 2021, section 4. H and
-    W must be divisible by 4.
+    The way down of the U-Net (chapter 4), as in Dhariwal, Nichol, 2021, section 4. Then one linear layer over all
+    positions, not over their mean: garments lie in one place. S, the ``image_size``, must be divisible by 4.
     """
 
-    def __init__(self, in_channels: int = 1, num_classes: int = 10, channels: int = 32):
+    shipped = SHIPPED_WEIGHTS / "noisy_classifier"
+
+    def __init__(self, in_channels: int = 1, num_classes: int = 10, channels: int = 32, image_size: int = 28):
         super().__init__()
+        if image_size < 4 or image_size % 4:
+            raise ValueError(f"image_size must be a positive multiple of 4, got {image_size}")
         self.channels, emb_channels = channels, 4 * channels
+        self.image_shape = (in_channels, image_size, image_size)
         self.time_mlp = nn.Sequential(
             nn.Linear(channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
         )
@@ -127,20 +129,16 @@ class NoisyClassifier(nn.Module, PyTorchModelHubMixin, library_name="ddpm-tutori
         self.downsample = Downsample(channels, 2 * channels)
         self.coarse = ResidualBlock(2 * channels, 2 * channels, emb_channels)
         self.norm_out = group_norm(2 * channels)
-        self.head = nn.Linear(2 * channels, num_classes)
+        self.head = nn.Linear(2 * channels * (image_size // 4) ** 2, num_classes)
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        if x_t.shape[1:] != self.image_shape:
+            raise ValueError(f"x_t must be (B, {', '.join(map(str, self.image_shape))}), got {tuple(x_t.shape)}")
         emb = self.time_mlp(sinusoidal_embedding(t, self.channels))
         x = F.pixel_unshuffle(x_t, 2)  # (B, 4·in_channels, H/2, W/2)
         x = self.downsample(self.fine(self.conv_in(x), emb))
         x = self.coarse(x, emb)
-        return self.head(F.silu(self.norm_out(x)).mean(dim=(2, 3)))
-
-    @classmethod
-    def from_pretrained(cls, folder_or_hub_name: str | Path = SHIPPED_NOISY_CLASSIFIER, **options) -> "NoisyClassifier":
-        """The classifier saved in a folder or on the hub (default: the shipped one), in evaluation mode."""
-        with contextlib.redirect_stdout(io.StringIO()):  # the mixin prints where it loads from
-            return super().from_pretrained(str(folder_or_hub_name), strict=True, **options)
+        return self.head(F.silu(self.norm_out(x)).flatten(1))
 
 
 def _check_labels(labels: Tensor, num_classes: int) -> None:

@@ -5,11 +5,9 @@ what the Fréchet distance, the kernel distance, the Inception Score, precision 
 """
 
 import contextlib
-import io
 import warnings
 from collections import deque
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -22,14 +20,15 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from .data import batch_indices, seeded_generator, to_model_range
 from .diffusion import SHIPPED_WEIGHTS, GaussianDiffusion
+from .pretrained import Pretrained
 
-SHIPPED_CLASSIFIER = SHIPPED_WEIGHTS / "classifier"
 
-
-class Classifier(nn.Module, PyTorchModelHubMixin, library_name="ddpm-tutorial", license="mit"):
+class Classifier(nn.Module, Pretrained, PyTorchModelHubMixin, library_name="ddpm-tutorial", license="mit"):
     """Images (B, in_channels, H, W) in [−1, 1] → logits (B, num_classes). ``features`` gives what the last layer sees,
     (B, num_features): the mean over positions of the last convolution's output. Made for 28×28.
     """
+
+    shipped = SHIPPED_WEIGHTS / "classifier"
 
     def __init__(self, in_channels: int = 1, num_classes: int = 10, num_features: int = 96):
         super().__init__()
@@ -58,12 +57,6 @@ class Classifier(nn.Module, PyTorchModelHubMixin, library_name="ddpm-tutorial", 
         device = self.head.weight.device
         features = self.features(to_model_range(images).to(device, memory_format=torch.channels_last))
         return features, self.head(features)
-
-    @classmethod
-    def from_pretrained(cls, folder_or_hub_name: str | Path = SHIPPED_CLASSIFIER, **options) -> "Classifier":
-        """The classifier saved in a folder or on the hub (default: the shipped one), in evaluation mode."""
-        with contextlib.redirect_stdout(io.StringIO()):  # the mixin prints where it loads from
-            return super().from_pretrained(str(folder_or_hub_name), strict=True, **options)
 
 
 class InceptionV3:

@@ -16,8 +16,8 @@ from .diffusion import GaussianDiffusion, randn_like
 
 
 class SampleStep(NamedTuple):
-    """One step of a sampler: it has arrived at timestep t (0 at the end) with x_t; pred_x0 is the clean data that
-    the step aimed at. Both (B, …)."""
+    """One step of a sampler: it has arrived at timestep t (0 at the end) with x_t; pred_x0 is the clean data that the
+    model saw where the step began. Both (B, …)."""
 
     t: int
     x_t: Tensor

@@ -1,6 +1,6 @@
 """A trained model as the command line uses it: load it, draw images for labels, write and read them."""
 
-import math
+import os
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,13 +17,15 @@ from tqdm.auto import tqdm
 from .arguments import at_least
 from .checkpoint import INFO_FILE, read_training_info, written_aside
 from .data import CLASS_NAMES, seeded_generator, to_uint8
-from .diffusion import SHIPPED_WEIGHTS, GaussianDiffusion
+from .diffusion import SHIPPED_WEIGHTS, GaussianDiffusion, randn_like
 from .guidance import classifier_free
 from .sampling import SAMPLERS, SampleStep, ddim_timesteps, sample_images
 from .training import processes
 from .unet import UNet
 
 BATCH_SIZE = 200  # images drawn together
+MAX_GUIDANCE_SCALE = 100
+FILE_TYPES = (".png", ".npz", ".gif")
 
 
 class Trained(NamedTuple):
@@ -71,27 +73,30 @@ def draw_batches(
     batch_size: int = BATCH_SIZE,
 ) -> Iterator[Tensor]:
     """One image for each label, in uint8 batches (≤ batch_size, C, H, W) as they are done: memory stays bounded.
+    Another batch size gives the same images but for rounding, a grey level here and there.
 
     ValueError at the call, before anything is drawn, names the option that is wrong.
     """
+    at_least(1, batch_size=batch_size)
     begin = sampler_of_images(trained, sampler, num_inference_steps, guidance_scale, seed, eta)
 
     def batches() -> Iterator[Tensor]:
         with tqdm(total=len(labels), unit="image", mininterval=1) as bar:
             for first in range(0, len(labels), batch_size):
                 batch = labels[first : first + batch_size]
-                yield sample_images(begin(batch, first)).cpu()
+                yield sample_images(begin(batch, first)[1]).cpu()
                 bar.update(len(batch))
 
     return batches()
 
 
 def draw_chain(trained: Trained, labels: Tensor, *options, num_frames: int = 40, **named) -> list[Tensor]:
-    """Up to ``num_frames`` moments of the chain, evenly from its first step to its last; each is the x_t of one batch
-    of images, uint8 (N, C, H, W)."""
-    chain = [to_uint8(step.x_t).cpu() for step in sampler_of_images(trained, *options, **named)(labels, 0)]
+    """Up to ``num_frames`` moments of the chain, evenly from x_T to the sample; each is the x_t of one batch of images,
+    uint8 (N, C, H, W)."""
+    x_T, steps = sampler_of_images(trained, *options, **named)(labels, 0)
+    chain = [to_uint8(x_t).cpu() for x_t in (x_T, *(step.x_t for step in steps))]
     count = min(num_frames, len(chain))
-    return [chain[round(i * (len(chain) - 1) / max(1, count - 1))] for i in range(count - 1)] + [chain[-1]]
+    return [chain[round(i * (len(chain) - 1) / (count - 1))] for i in range(count)]
 
 
 def sampler_of_images(
@@ -101,15 +106,16 @@ def sampler_of_images(
     guidance_scale: float = 1.0,
     seed: int = 0,
     eta: float | None = None,
-) -> Callable[[Tensor, int], Iterator[SampleStep]]:
-    """A function of (labels (B,), first) that starts the chain of the images number first … first + B − 1.
+) -> Callable[[Tensor, int], tuple[Tensor, Iterator[SampleStep]]]:
+    """A function of (labels (B,), first) that gives x_T and the chain of the images number first … first + B − 1.
 
     Image i takes all its noise from a generator of its own, seeded by (seed, i). So it is the same image in any batch
     and beside any number of others.
     """
     at_least(0, seed=seed)
-    if not math.isfinite(guidance_scale):
-        raise ValueError(f"--guidance-scale must be a finite number, got {guidance_scale}")
+    if not abs(guidance_scale) <= MAX_GUIDANCE_SCALE:  # not for nan either
+        limits = f"{-MAX_GUIDANCE_SCALE} … {MAX_GUIDANCE_SCALE}"
+        raise ValueError(f"--guidance-scale must lie in {limits}, got {guidance_scale}")
     if guidance_scale != 1 and not trained.class_names:
         raise ValueError(f"trained without labels: --guidance-scale must be 1 here, got {guidance_scale}")
     if sampler not in SAMPLERS:
@@ -117,7 +123,10 @@ def sampler_of_images(
     options = {}
     if num_inference_steps is not None:
         if sampler == "ddpm":
-            raise ValueError("--num-inference-steps belongs to the other samplers; ddpm always takes all T steps")
+            raise ValueError(
+                "--num-inference-steps belongs to the other samplers, ddpm always takes all T steps; "
+                "with fewer it is --sampler ddim --eta 1"
+            )
         ddim_timesteps(trained.diffusion.num_timesteps, num_inference_steps)  # says what is wrong
         options["num_inference_steps"] = num_inference_steps
     if eta is not None:
@@ -125,13 +134,14 @@ def sampler_of_images(
             raise ValueError(f"--eta belongs to the sampler ddim and lies in 0 … 1, got {eta} with {sampler}")
         options["eta"] = eta
 
-    def begin(labels: Tensor, first: int) -> Iterator[SampleStep]:
+    def begin(labels: Tensor, first: int) -> tuple[Tensor, Iterator[SampleStep]]:
         noise_model = trained.model
         if trained.class_names:
             noise_model = classifier_free(trained.model, labels.to(trained.device), guidance_scale)
         generators = [seeded_generator(seed, first + i) for i in range(len(labels))]
-        shape = (len(labels), *trained.image_shape)
-        return SAMPLERS[sampler](noise_model, trained.diffusion, shape, generator=generators, **options)
+        x_T = randn_like(torch.empty(len(labels), *trained.image_shape, device=trained.device), generators)
+        chain = SAMPLERS[sampler](noise_model, trained.diffusion, x_T.shape, x_T=x_T, generator=generators, **options)
+        return x_T, chain
 
     return begin
 
@@ -148,7 +158,9 @@ def parse_label(text: str | int, class_names: Sequence[str]) -> int:
         found = [int(text)] if int(text) < len(names) else []
     elif not found and plain(text):
         found = [i for i, name in enumerate(names) if name.startswith(plain(text))]
-    if len(found) != 1:
+    if len(found) > 1:
+        raise ValueError(f"label {text!r} may be {' or '.join(class_names[i] for i in found)}")
+    if not found:
         known = [f"{i} {name}" for i, name in enumerate(class_names)]
         known = known if len(known) <= 20 else [*known[:20], f"… {len(names) - 1}"]
         raise ValueError(f"unknown label {text!r}; the labels are {', '.join(known)}")
@@ -158,10 +170,14 @@ def parse_label(text: str | int, class_names: Sequence[str]) -> int:
 # ------------------------------------------------------------------------------------------- writing and reading
 def check_out(out: Path) -> None:
     """ValueError or OSError where ``save_images`` could not write ``out``; better before the drawing than after."""
-    if out.suffix not in ("", ".png", ".npz", ".gif"):
+    if out.suffix not in ("", *FILE_TYPES) or out.name in FILE_TYPES:
         raise ValueError(f"--out must end in .png, .npz or .gif, or be a folder (no ending), got {out}")
     if not out.parent.is_dir():
         raise FileNotFoundError(f"no such folder: {out.parent}")
+    if not os.access(out.parent, os.W_OK):
+        raise PermissionError(f"nothing can be written to the folder {out.parent}")
+    if out.suffix and out.is_dir():
+        raise IsADirectoryError(f"{out} is a folder; --out with an ending is a file")
     if not out.suffix and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists already; --out without an ending is a new or empty folder for the images")
 
@@ -199,7 +215,8 @@ def save_chain(frames: Sequence[Tensor], out: Path, columns: int) -> None:
     first, *others = [_grid(frame, columns) for frame in frames]
     durations = [80] * len(others) + [3000]  # milliseconds
     with written_aside(out) as aside:
-        first.save(aside, save_all=True, append_images=others, duration=durations, loop=0)
+        # optimize: Pillow would give up grey levels of a frame to mark what did not change in it
+        first.save(aside, save_all=True, append_images=others, duration=durations, loop=0, optimize=False)
 
 
 def _grid(images: Tensor, columns: int) -> Image.Image:

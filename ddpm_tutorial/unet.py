@@ -4,20 +4,17 @@ Ronneberger et al., 2015, arXiv:1505.04597; as used by DDPM (appendix B) and Dha
 arXiv:2105.05233 (scale-shift conditioning, class embedding).
 """
 
-import contextlib
-import io
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from huggingface_hub import PyTorchModelHubMixin
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .diffusion import SHIPPED_WEIGHTS, TARGETS, beta_schedule
+from .pretrained import Pretrained
 
 
 def sinusoidal_embedding(t: Tensor, dim: int, max_period: float = 10_000) -> Tensor:
@@ -117,6 +114,7 @@ class Stage(nn.Module):
 
 class UNet(
     nn.Module,
+    Pretrained,
     PyTorchModelHubMixin,
     library_name="ddpm-tutorial",
     license="mit",
@@ -137,6 +135,8 @@ class UNet(
 
     The input and output convolutions work on patches; the output one starts at zero.
     """
+
+    shipped = SHIPPED_WEIGHTS
 
     def __init__(
         self,
@@ -264,16 +264,3 @@ class UNet(
                 f"labels must lie in 0 … {self.num_classes} ({self.num_classes} is the null label), "
                 f"got {labels.min().item()} … {labels.max().item()}"
             )
-
-    @classmethod
-    def from_pretrained(cls, folder_or_hub_name: str | Path = SHIPPED_WEIGHTS, **options) -> "UNet":
-        """The network saved in a checkpoint folder or on the Hugging Face hub (default: the shipped weights), in
-        evaluation mode. Reads ``config.json`` and ``model.safetensors``; ``options`` are those of the hub mixin.
-        ValueError where they are damaged or do not fit each other.
-        """
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):  # the mixin prints where it loads from
-                return super().from_pretrained(str(folder_or_hub_name), strict=True, **options)
-        except (SafetensorError, RuntimeError, TypeError, KeyError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"{folder_or_hub_name} is damaged or holds no U-Net of this package: {reason}") from error

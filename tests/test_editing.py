@@ -11,7 +11,7 @@ from ddpm_tutorial.data import load_fashion_mnist, to_model_range, to_uint8
 from ddpm_tutorial.diffusion import GaussianDiffusion
 from ddpm_tutorial.editing import add_noise, keep_known, resample
 from ddpm_tutorial.guidance import classifier_free
-from ddpm_tutorial.sampling import SAMPLERS, sample_ddim
+from ddpm_tutorial.sampling import SAMPLERS, sample_ddim, sample_dpmpp_2m, sample_heun
 from ddpm_tutorial.unet import UNet
 
 RHO, A = 0.9, 1.0
@@ -200,11 +200,17 @@ def test_four_pixels_in_a_row_come_near_their_conditional_law(diffusion):
 
 
 # ------------------------------------------------------------------------------------------- going back and forth
-def test_one_loop_is_the_sampler_itself(diffusion):
+@pytest.mark.parametrize("sampler, same", [(sample_ddim, sample_ddim), (sample_heun, sample_heun),
+                                           (sample_dpmpp_2m, sample_ddim)])  # fmt: skip
+def test_one_loop_is_the_sampler_itself(sampler, same, diffusion):
+    """Or DDIM, for the solver that remembers its last step."""
     model, x_T = gaussian_noise(diffusion, COVARIANCE), torch.randn(5, 2, generator=seeded())
-    sampler = partial(sample_ddim, model, diffusion, x_T.shape, num_inference_steps=7, clip_denoised=False)
-    for ours, theirs in zip(resample(sampler, diffusion, x_T, num_loops=1), sampler(x_T=x_T), strict=True):
-        assert ours.t == theirs.t and torch.equal(ours.x_t, theirs.x_t)
+    sampler, same = (
+        partial(one, model, diffusion, x_T.shape, num_inference_steps=7, clip_denoised=False) for one in (sampler, same)
+    )
+    for ours, theirs in zip(resample(sampler, diffusion, x_T, num_loops=1), same(x_T=x_T), strict=True):
+        assert ours.t == theirs.t
+        assert_close(ours.x_t, theirs.x_t, atol=1e-4, rtol=1e-4)
 
 
 def test_each_step_down_is_taken_num_loops_times(diffusion):

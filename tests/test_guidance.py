@@ -279,10 +279,17 @@ def test_noisy_classifier_is_trained_on_noised_images():
     labels = torch.arange(640) % 2
     images = (labels * 200 + 20).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 8, 8).contiguous()  # dark or light
     torch.manual_seed(0)
-    model = NoisyClassifier(num_classes=2, channels=32)
+    model = NoisyClassifier(num_classes=2, channels=32, image_size=8)
     with torch.enable_grad():
         losses = [loss for _, loss in train_classifier(model, images, labels, 4, 64, diffusion=diffusion)]
     assert len(losses) == 40 and not model.training
     x_0, t = to_model_range(images), torch.full((640,), 30)
     x_t = diffusion.q_sample(x_0, t, torch.randn(x_0.shape, generator=seeded(1)))
     assert (model(x_t, t).argmax(1) == labels).float().mean() > 0.97
+
+
+def test_noisy_classifier_refuses_images_of_another_size():
+    with pytest.raises(ValueError, match=r"x_t must be \(B, 1, 28, 28\), got \(2, 1, 32, 32\)"):
+        NoisyClassifier()(torch.zeros(2, 1, 32, 32), torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match="multiple of 4, got 30"):
+        NoisyClassifier(image_size=30)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ ladder = pytest.importorskip("ladder")
 from ddpm_tutorial import evaluation  # noqa: E402
 from ddpm_tutorial.data import load_fashion_mnist  # noqa: E402
 from ddpm_tutorial.diffusion import GaussianDiffusion  # noqa: E402
+from ddpm_tutorial.sampling import sample_ddpm  # noqa: E402
 from ddpm_tutorial.trained import Trained  # noqa: E402
 from ddpm_tutorial.unet import UNet  # noqa: E402
 
@@ -35,6 +37,7 @@ def small(monkeypatch):
     monkeypatch.setattr(ladder, "load_trained", lambda folder: trained)
     monkeypatch.setattr(ladder, "load_fashion_mnist", lambda split, source: first(load_fashion_mnist(split, source)))
     monkeypatch.setattr(ladder, "EVALUATIONS", (3, 4, 24))
+    monkeypatch.setattr(ladder, "AGAIN", ("Heun", 24))
     monkeypatch.setattr(evaluation, "REAL_SUBSETS", 3)
 
     def run(out, *options):
@@ -60,14 +63,34 @@ def test_rows_cost_what_they_say_and_come_in_order_of_cost(small, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_strided_ddpm_over_all_timesteps_is_ddpm(small, tmp_path):
+def test_strided_ddpm_over_all_timesteps_is_ddpm(small, tmp_path, monkeypatch):
     """With T evaluations DDIM's η = 1 and DDPM draw the same noise: the same images but for rounding."""
+    monkeypatch.setitem(ladder.WHOLE_CHAIN, "DDPM, σ² = β̃", partial(sample_ddpm, variance="posterior"))
     assert small(tmp_path / "a.json") == 0
     rows = rows_of(tmp_path / "a.json")
-    one, two = rows["DDIM, η = 1", 24], rows["DDPM, σ² = β̃", 24]
+    one, two = rows["DDPM (DDIM, η = 1)", 24], rows["DDPM, σ² = β̃", 24]
     assert abs(one["frechet_distance"] / two["frechet_distance"] - 1) < 0.01
     other = rows["DDPM, σ² = β", 24]["frechet_distance"]
     assert abs(other / two["frechet_distance"] - 1) > 0.01
+
+
+def test_a_row_is_drawn_with_other_seeds(small, tmp_path, monkeypatch):
+    """Once, and not where its cost is left out; each seed gives other images."""
+    drawn, draw = [], ladder.draw
+    monkeypatch.setattr(ladder, "draw", lambda *options: drawn.append(draw(*options)) or drawn[-1])
+    monkeypatch.setattr(ladder, "AGAIN", ("Heun", 4))
+    monkeypatch.setattr(ladder, "NUM_SEEDS", 3)
+    assert small(tmp_path / "a.json", "--max-evaluations", 3) == 0
+    assert "other_seeds" not in json.loads((tmp_path / "a.json").read_text())
+    drawn.clear()
+    assert small(tmp_path / "a.json", "--max-evaluations", 4) == 0
+    images = [row[0] for row in drawn[len(ladder.SOLVERS) :]]
+    assert len({image.numpy().tobytes() for image in images}) == 3
+    other = json.loads((tmp_path / "a.json").read_text())["other_seeds"]
+    assert (other["sampler"], other["allowed"], other["number"]) == ("Heun", 4, 3)
+    assert other["frechet_distance"]["deviation"] > 0
+    drawn.clear()
+    assert small(tmp_path / "a.json", "--max-evaluations", 4) == 0 and not drawn
 
 
 def test_every_row_starts_from_the_same_noise(small, monkeypatch, tmp_path):

@@ -38,16 +38,21 @@ def run(steps):
     return list(steps)[-1].x_t
 
 
-class RecordedNoise:
-    """A model whose outputs are random and kept, so that another implementation can be fed the same ones."""
+class Recorded:
+    """A model whose inputs and outputs are kept, so that another implementation can be fed the same ones."""
 
-    def __init__(self, seed: int = 1):
-        self.generator, self.calls = seeded(seed), []
+    def __init__(self, model):
+        self.model, self.calls = model, []
 
     def __call__(self, x_t, t):
-        output = torch.randn(x_t.shape, generator=self.generator)
-        self.calls.append((x_t, t, output))
-        return output
+        self.calls.append((x_t, t, self.model(x_t, t)))
+        return self.calls[-1][2]
+
+
+def recorded_noise():
+    """Its outputs are random."""
+    generator = seeded(1)
+    return Recorded(lambda x_t, t: torch.randn(x_t.shape, generator=generator))
 
 
 # ----------------------------------------------------- exact output law on Gaussian data, in float64
@@ -175,7 +180,7 @@ def clip_of(scheduler):
 @pytest.mark.parametrize("clip", [True, False])
 @pytest.mark.parametrize("variance, theirs", [("posterior", "fixed_small"), ("beta", "fixed_large")])
 def test_ddpm_steps_equal_diffusers(schedule, clip, variance, theirs):
-    diffusion, model = GaussianDiffusion.from_schedule(schedule), RecordedNoise()
+    diffusion, model = GaussianDiffusion.from_schedule(schedule), recorded_noise()
     shape, generator = (2, 1, 4, 4), seeded(4)
     torch.randn(shape, generator=generator)  # ours draws x_T first; theirs starts after it
     ours = sample_ddpm(model, diffusion, shape, clip_denoised=clip, variance=variance, generator=seeded(4))
@@ -188,7 +193,7 @@ def test_ddpm_steps_equal_diffusers(schedule, clip, variance, theirs):
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("num_inference_steps", [1, 10, 250])
 def test_ddim_steps_equal_diffusers(schedule, clip, eta, num_inference_steps):
-    diffusion, model = GaussianDiffusion.from_schedule(schedule), RecordedNoise()
+    diffusion, model = GaussianDiffusion.from_schedule(schedule), recorded_noise()
     shape, generator = (2, 1, 4, 4), seeded(4)
     torch.randn(shape, generator=generator)
     ours = sample_ddim(
@@ -201,7 +206,7 @@ def test_ddim_steps_equal_diffusers(schedule, clip, eta, num_inference_steps):
 
 
 def test_ddim_with_eta_1_is_the_strided_ddpm_of_diffusers():
-    diffusion, model, generator = GaussianDiffusion.from_schedule("linear"), RecordedNoise(), seeded(4)
+    diffusion, model, generator = GaussianDiffusion.from_schedule("linear"), recorded_noise(), seeded(4)
     torch.randn(2, 1, 4, 4, generator=generator)
     ours = sample_ddim(model, diffusion, (2, 1, 4, 4), num_inference_steps=20, eta=1.0, generator=seeded(4))
     scheduler = their_scheduler(DDPMScheduler, "linear", True, variance_type="fixed_small")
@@ -222,8 +227,9 @@ THEIR_SOLVERS = {"ddim": DDIMScheduler, "heun": HeunDiscreteScheduler, "dpmpp-2m
 
 
 @torch.no_grad()
-def solved_by_diffusers(name, model, diffusion, x_T, num_inference_steps):
-    options = {"clip_sample": False} if name == "ddim" else {}
+def solved_by_diffusers(name, model, diffusion, x_T, num_inference_steps, clip=False):
+    options = {} if name == "dpmpp-2m" else {"clip_sample": clip}  # theirs of that name clips for other models only
+    step_options = {"use_clipped_model_output": clip} if name == "ddim" else {}
     scheduler = THEIR_SOLVERS[name](
         trained_betas=diffusion.betas[1:].numpy(), timestep_spacing="trailing", **options
     )
@@ -231,7 +237,7 @@ def solved_by_diffusers(name, model, diffusion, x_T, num_inference_steps):
     x = x_T / diffusion.sqrt_alphas_cumprod[-1] if name == "heun" else x_T  # there they follow x / sqrt(alpha_bar)
     for t in scheduler.timesteps:
         noise = model(scheduler.scale_model_input(x, t), torch.full((len(x),), int(t) + 1))
-        x = scheduler.step(noise, t, x).prev_sample
+        x = scheduler.step(noise, t, x, **step_options).prev_sample
     return x
 
 
@@ -248,14 +254,25 @@ def test_second_order_solvers_equal_diffusers(name, num_inference_steps, schedul
     assert_close(ours, theirs, atol=2e-4 if name == "heun" else 2e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", THEIR_SOLVERS)
-def test_solvers_equal_diffusers_on_the_shipped_network(name):
+@pytest.mark.parametrize("name, clip", [*itertools.product(THEIR_SOLVERS, [False]), ("ddim", True), ("heun", True)])
+def test_solvers_equal_diffusers_on_the_shipped_network(name, clip):
     diffusion, model = GaussianDiffusion.from_pretrained(), UNet.from_pretrained()
     x_T = torch.randn(2, 1, 28, 28, generator=seeded())
-    ours = run(SAMPLERS[name](model, diffusion, x_T.shape, num_inference_steps=8, clip_denoised=False, x_T=x_T))
-    theirs = solved_by_diffusers(name, model, diffusion, x_T, 8)
+    ours = run(SAMPLERS[name](model, diffusion, x_T.shape, num_inference_steps=8, clip_denoised=clip, x_T=x_T))
+    theirs = solved_by_diffusers(name, model, diffusion, x_T, 8, clip)
     assert ours.std() > 0.3  # images, not a constant
     assert_close(ours, theirs, atol=2e-3, rtol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("clip", [True, False])
+def test_strided_ddpm_equals_diffusers_on_the_shipped_network(clip):
+    diffusion, model = GaussianDiffusion.from_pretrained(), Recorded(UNet.from_pretrained())
+    x_T = torch.randn(2, 1, 28, 28, generator=seeded())
+    options = {"clip_denoised": clip, "x_T": x_T, "generator": seeded(5)}
+    ours = sample_ddim(model, diffusion, x_T.shape, num_inference_steps=12, eta=1.0, **options)
+    scheduler = their_scheduler(DDPMScheduler, "linear", clip, variance_type="fixed_small")
+    assert_same_steps(ours, model, scheduler, 12, generator=seeded(5))
 
 
 def test_ddim_is_of_first_order_and_both_solvers_of_second():
@@ -315,7 +332,7 @@ def test_same_generator_same_sample_and_another_seed_another(name):
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_x_T_replaces_the_first_noise(name):
-    diffusion, model = GaussianDiffusion.from_schedule("linear", 50), RecordedNoise()
+    diffusion, model = GaussianDiffusion.from_schedule("linear", 50), recorded_noise()
     x_T = torch.randn(3, 2, generator=seeded(9))
     first = next(SAMPLERS[name](model, diffusion, x_T.shape, x_T=x_T, generator=seeded()))
     x_t, t, _ = model.calls[0]
@@ -348,7 +365,7 @@ def test_clipping_keeps_pred_x0_in_range_and_the_last_step_is_pred_x0(name):
     diffusion = GaussianDiffusion.from_schedule("linear", 50)
     for clip in (True, False):
         options = {} if name == "ddpm" else {"num_inference_steps": 50}
-        sampler, model = SAMPLERS[name], RecordedNoise()
+        sampler, model = SAMPLERS[name], recorded_noise()
         steps = list(sampler(model, diffusion, (4, 2), clip_denoised=clip, generator=seeded(), **options))
         largest = max(step.pred_x0.abs().max().item() for step in steps)
         assert (largest <= 1) == clip
@@ -360,24 +377,24 @@ def test_clipping_keeps_pred_x0_in_range_and_the_last_step_is_pred_x0(name):
 def test_x_T_of_another_shape_is_refused(name):
     diffusion = GaussianDiffusion.from_schedule("linear", 50)
     with pytest.raises(ValueError, match=r"x_T must have the shape asked for, \(2, 3\), got \(3, 2\)"):
-        next(SAMPLERS[name](RecordedNoise(), diffusion, (2, 3), x_T=torch.zeros(3, 2)))
+        next(SAMPLERS[name](recorded_noise(), diffusion, (2, 3), x_T=torch.zeros(3, 2)))
 
 
 @pytest.mark.parametrize("eta", [-0.1, 1.1, float("nan")])
 def test_bad_eta_is_refused(eta):
     with pytest.raises(ValueError, match="eta must lie in"):
-        next(sample_ddim(RecordedNoise(), GaussianDiffusion.from_schedule("linear", 50), (1, 2), eta=eta))
+        next(sample_ddim(recorded_noise(), GaussianDiffusion.from_schedule("linear", 50), (1, 2), eta=eta))
 
 
 def test_unknown_variance_is_refused():
     with pytest.raises(ValueError, match="'posterior' or 'beta', got 'learned'"):
-        next(sample_ddpm(RecordedNoise(), GaussianDiffusion.from_schedule("linear", 50), (1, 2), variance="learned"))
+        next(sample_ddpm(recorded_noise(), GaussianDiffusion.from_schedule("linear", 50), (1, 2), variance="learned"))
 
 
 def test_more_steps_than_T_are_refused():
     with pytest.raises(ValueError, match=r"num_inference_steps must be an integer in 1 … 50 \(T\), got 51"):
         next(
-            sample_ddim(RecordedNoise(), GaussianDiffusion.from_schedule("linear", 50), (1, 2), num_inference_steps=51)
+            sample_ddim(recorded_noise(), GaussianDiffusion.from_schedule("linear", 50), (1, 2), num_inference_steps=51)
         )
 
 
@@ -393,7 +410,7 @@ def test_sample_images_are_the_last_step_as_uint8():
 def test_sample_images_from_a_sampler():
     diffusion = GaussianDiffusion.from_schedule("linear", 50)
     images = sample_images(
-        sample_ddim(RecordedNoise(), diffusion, (3, 1, 4, 4), num_inference_steps=5, generator=seeded())
+        sample_ddim(recorded_noise(), diffusion, (3, 1, 4, 4), num_inference_steps=5, generator=seeded())
     )
     assert images.shape == (3, 1, 4, 4) and images.dtype == torch.uint8
 
@@ -417,7 +434,7 @@ def test_start_takes_the_rest_of_the_same_steps(name):
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_start_between_two_timesteps(name):
-    diffusion, model = GaussianDiffusion.from_schedule("linear", 60), RecordedNoise()
+    diffusion, model = GaussianDiffusion.from_schedule("linear", 60), recorded_noise()
     options = {} if name == "ddpm" else {"num_inference_steps": 6}
     steps = SAMPLERS[name](model, diffusion, (2, 2), x_T=torch.zeros(2, 2), start=33, generator=seeded(), **options)
     assert [step.t for step in steps] == (list(range(32, -1, -1)) if name == "ddpm" else [30, 20, 10, 0])
@@ -429,9 +446,9 @@ def test_start_needs_x_T_and_a_timestep_of_the_chain(name):
     diffusion = GaussianDiffusion.from_schedule("linear", 60)
     for start in (0, 61, -1):
         with pytest.raises(ValueError, match=rf"start must lie in 1 … 60 \(T\), got {start}"):
-            next(SAMPLERS[name](RecordedNoise(), diffusion, (1, 2), x_T=torch.zeros(1, 2), start=start))
+            next(SAMPLERS[name](recorded_noise(), diffusion, (1, 2), x_T=torch.zeros(1, 2), start=start))
     with pytest.raises(ValueError, match="start=30 needs x_T"):
-        next(SAMPLERS[name](RecordedNoise(), diffusion, (1, 2), start=30))
+        next(SAMPLERS[name](recorded_noise(), diffusion, (1, 2), start=30))
 
 
 def test_samples_that_begin_part_way_have_the_data_s_law():

@@ -475,7 +475,7 @@ def test_config_of_another_network_is_refused(tmp_path):
     UNet(channels=8, num_classes=3).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_res_blocks": 2}))
-    with pytest.raises(ValueError, match="damaged or holds no U-Net of this package"):
+    with pytest.raises(ValueError, match="damaged or holds no UNet of this package"):
         UNet.from_pretrained(tmp_path)
 
 

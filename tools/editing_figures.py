@@ -21,7 +21,7 @@ from ddpm_tutorial.data import ImageData, load_fashion_mnist, seeded_generator, 
 from ddpm_tutorial.diffusion import SHIPPED_WEIGHTS
 from ddpm_tutorial.editing import keep_known, resample
 from ddpm_tutorial.guidance import classifier_free
-from ddpm_tutorial.metrics import SHIPPED_CLASSIFIER, Classifier, label_agreement, look
+from ddpm_tutorial.metrics import Classifier, label_agreement, look
 from ddpm_tutorial.sampling import sample_ddim
 from ddpm_tutorial.trained import load_trained
 
@@ -101,7 +101,7 @@ def run(num_images: int, data: str | None, seed: int, out: Path) -> None:
         "device": measure.x_0.device.type,
         "num_test_images": len(test.images),
         "weights": fingerprint(SHIPPED_WEIGHTS / "model.safetensors"),
-        "classifier": fingerprint(SHIPPED_CLASSIFIER / "model.safetensors"),
+        "classifier": fingerprint(Classifier.shipped / "model.safetensors"),
     }
     result = read_started(out, settings, lambda row: row["kind"])
     result["command"] = f"python tools/editing_figures.py --num-images {num_images} --data SOURCE --seed {seed}"

@@ -23,7 +23,6 @@ from ddpm_tutorial.data import load_fashion_mnist, seeded_generator, to_model_ra
 from ddpm_tutorial.diffusion import SHIPPED_WEIGHTS
 from ddpm_tutorial.evaluation import of_subsets
 from ddpm_tutorial.guidance import (
-    SHIPPED_NOISY_CLASSIFIER,
     NoiseModel,
     NoisyClassifier,
     classifier_free,
@@ -31,7 +30,7 @@ from ddpm_tutorial.guidance import (
     guided_between,
     rescaled,
 )
-from ddpm_tutorial.metrics import SHIPPED_CLASSIFIER, Classifier, Seen, look, sample_figures
+from ddpm_tutorial.metrics import Classifier, Seen, look, sample_figures
 from ddpm_tutorial.sampling import sample_dpmpp_2m, sample_images
 from ddpm_tutorial.trained import Trained, load_trained
 
@@ -54,7 +53,7 @@ SETTINGS = [
     Setting("classifier-free", 8.0, clip=False),
     Setting("classifier-free", 8.0, rescale=0.7),
     Setting("classifier-free", 4.0, interval=(200, 600)),
-    *(Setting("classifier", scale) for scale in (1.0, 4.0, 8.0, 16.0)),
+    *(Setting("classifier", scale) for scale in (1.0, 2.0, 4.0, 8.0)),
 ]
 
 
@@ -132,8 +131,8 @@ def run(num_images: int, steps: int, data: str | None, seed: int, out: Path) -> 
         "num_train_images": len(train.images),
         "num_test_images": len(test.images),
         "weights": fingerprint(SHIPPED_WEIGHTS / "model.safetensors"),
-        "classifier": fingerprint(SHIPPED_CLASSIFIER / "model.safetensors"),
-        "noisy_classifier": fingerprint(SHIPPED_NOISY_CLASSIFIER / "model.safetensors"),
+        "classifier": fingerprint(Classifier.shipped / "model.safetensors"),
+        "noisy_classifier": fingerprint(NoisyClassifier.shipped / "model.safetensors"),
     }
     result = read_started(out, settings, key)
     result["command"] = (

@@ -13,8 +13,8 @@ from ddpm_tutorial.arguments import Parser
 from ddpm_tutorial.checkpoint import written_aside
 from ddpm_tutorial.data import ImageData, load_fashion_mnist, seeded_generator, to_model_range
 from ddpm_tutorial.diffusion import GaussianDiffusion
-from ddpm_tutorial.guidance import SHIPPED_NOISY_CLASSIFIER, NoisyClassifier
-from ddpm_tutorial.metrics import SHIPPED_CLASSIFIER, Classifier, label_agreement, look, train_classifier
+from ddpm_tutorial.guidance import NoisyClassifier
+from ddpm_tutorial.metrics import Classifier, label_agreement, look, train_classifier
 
 CARD = """# {title}
 
@@ -50,10 +50,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"{error}")
     torch.manual_seed(0)
     if args.noisy:
-        model, diffusion, out = NoisyClassifier(), GaussianDiffusion.from_pretrained(), SHIPPED_NOISY_CLASSIFIER
+        model, diffusion = NoisyClassifier(), GaussianDiffusion.from_pretrained()
         title = "The classifier of noisy images that guides a sampler (chapter 7)"
     else:
-        model, diffusion, out = Classifier(), None, SHIPPED_CLASSIFIER
+        model, diffusion = Classifier(), None
         title = "The classifier that looks at samples (chapter 8)"
     steps = train_classifier(model, train.images, train.labels, args.epochs, diffusion=diffusion)
     for _ in tqdm(steps, total=args.epochs * (len(train.images) // 128), mininterval=1):
@@ -63,14 +63,14 @@ def main(argv: list[str] | None = None) -> int:
         accuracy = ", ".join(f"{share:.1%} at t = {t}" for t, share in shares.items())
     else:
         accuracy = f"{label_agreement(look(test.images, model).logits, test.labels):.2%}"
-    out.mkdir(exist_ok=True)
-    model.save_pretrained(out)
-    with written_aside(out / "README.md") as aside:
+    model.shipped.mkdir(exist_ok=True)
+    model.save_pretrained(model.shipped)
+    with written_aside(model.shipped / "README.md") as aside:
         card = {"title": title, "images": len(train.images), "tests": len(test.images), "epochs": args.epochs}
         parameters = sum(p.numel() for p in model.parameters())
         flag = " --noisy" * args.noisy
         aside.write_text(CARD.format(**card, parameters=parameters, flag=flag, accuracy=accuracy))
-    print(f"accuracy on test images: {accuracy}\nwrote {out}")
+    print(f"accuracy on test images: {accuracy}\nwrote {model.shipped}")
     return 0
 
 
