@@ -1,0 +1,58 @@
+"""Loading networks with their weights: what is shipped, what was saved, and what does not fit."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ddpm_tutorial.guidance import NoisyClassifier
+from ddpm_tutorial.metrics import Classifier
+from ddpm_tutorial.unet import UNet
+
+NETWORKS = {UNet: {"channels": 8}, Classifier: {"num_features": 8}, NoisyClassifier: {"channels": 8, "image_size": 8}}
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_the_shipped_weights_are_the_default(network, capsys):
+    model = network.from_pretrained()
+    assert not model.training and capsys.readouterr() == ("", "")
+    shipped = load_file(network.shipped / "model.safetensors")
+    assert all(torch.equal(tensor, shipped[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_saved_and_loaded_is_the_same(network, tmp_path):
+    model = network(**NETWORKS[network])
+    model.save_pretrained(tmp_path)
+    loaded = network.from_pretrained(tmp_path)
+    assert loaded.state_dict().keys() == model.state_dict().keys() and not loaded.training
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+
+
+def lose_a_tensor(folder):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    del tensors[next(name for name in tensors if name.endswith("weight"))]
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def cut_the_weights(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def change_the_width(folder):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    name = next(name for name in ("channels", "num_features") if name in config)
+    path.write_text(json.dumps(config | {name: 16}))
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("damage", [lose_a_tensor, cut_the_weights, change_the_width])
+def test_what_does_not_fit_is_refused(network, damage, tmp_path):
+    network(**NETWORKS[network]).save_pretrained(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=f"is damaged or holds no {network.__name__} of this package"):
+        network.from_pretrained(tmp_path)
