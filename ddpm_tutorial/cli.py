@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FloatingPointError as error:
         return _fail(command, error, 1)
     except RuntimeError as error:
-        if "out of memory" not in str(error):
+        if not any(text in str(error) for text in ("out of memory", "can't allocate memory")):
             raise
         return _fail(command, str(error).splitlines()[0], 1)
 
@@ -178,7 +178,7 @@ def run_evaluate(
     checkpoint: str | None = None,
     data: str | None = None,
     metric: str = "bits-per-dim",
-    num_images: int = 200,
+    num_images: int | None = None,
     seed: int = 0,
     out: Path | None = None,
     **options,
@@ -189,6 +189,9 @@ def run_evaluate(
 
     if metric not in ("bits-per-dim", "samples"):
         raise ValueError(f"--metric must be bits-per-dim or samples, got {metric!r}")
+    if num_images is not None and "samples" in options:
+        raise ValueError("--num-images has no meaning with --samples FILE: all its images are judged")
+    num_images = 200 if num_images is None else num_images
     at_least(0, num_images=num_images, seed=seed)
     if out is not None and (out.suffix != ".json" or not out.parent.is_dir()):
         raise ValueError(f"--out must be a FILE.json in a folder that exists, got {out}")
@@ -202,7 +205,7 @@ def run_evaluate(
     report = {"metric": metric, "seed": seed} | measure(load_trained(checkpoint), data, num_images, seed, **options)
     if out is not None:
         with written_aside(out) as aside:
-            aside.write_text(json.dumps(report, indent=2) + "\n")
+            aside.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return 0
 
 

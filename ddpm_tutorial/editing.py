@@ -39,6 +39,7 @@ def resample(
     """RePaint (Lugmayr et al., 2022, arXiv:2201.09865): each step down is taken ``num_loops`` times, with noise added
     again between, so that pixels settle on one another. 1 loop is the sampler itself, one step at a time; but
     ``sample_dpmpp_2m`` begins afresh in each step, without the last one to draw a line through: it is DDIM here.
+    Unlike RePaint's algorithm 1 it goes back one of the sampler's steps at a time, and loops in the last step too.
 
     ``sampler(x_T=…, start=…)`` is one of ``SAMPLERS`` with the rest filled in:
     ``partial(sample_ddim, keep_known(model, …), diffusion, shape)``. Yields every step; t goes down and up, the last

@@ -36,6 +36,8 @@ def measure_bits(
     if num_images > len(images):
         raise ValueError(f"--num-images must be at most {len(images)}, the size of the {split} split; got {num_images}")
     generator = seeded_generator(seed)
+    if images.shape[1:] != trained.image_shape:
+        raise ValueError(f"the network draws {trained.image_shape}, the data has {tuple(images.shape[1:])}")
     chosen = torch.randperm(len(images), generator=generator)[: num_images or len(images)]
     x_0 = to_model_range(images[chosen]).to(trained.device)
     result = bits_per_dim(trained.model, trained.diffusion, x_0, generator, num_steps=num_steps or None, progress=True)
@@ -58,9 +60,9 @@ def measure_samples(
 ) -> dict:  # fmt: skip
     """Print the figures of samples beside those of as many real test images, and return them.
 
-    ``repeats`` sets of samples are drawn, or made of the given ones; the real ones are random subsets of the test set,
-    with the classes as evenly as in the samples. Each figure is a mean and a standard deviation over the sets (over
-    one set, for the classifier trained on them).
+    ``repeats`` sets of samples are drawn, or made of the given ones, each of every ``repeats``-th; the real ones are
+    random subsets of the test set, equally many of each class. Each figure is a mean and a standard deviation over
+    the sets (over one set, for the classifier trained on them).
     """
     if list(trained.class_names) != list(CLASS_NAMES) or trained.image_shape != (1, 28, 28):
         raise ValueError("--metric samples knows Fashion-MNIST only: its classifier was trained on those ten classes")
@@ -78,7 +80,8 @@ def measure_samples(
         made, (images, labels) = {"samples": samples.name}, read_samples(samples)
         _check_samples(samples, images, labels)
         count = len(images) // repeats
-        drawn = list(zip(images.split(count), labels.split(count), strict=True))[:repeats] if count else []
+        sets = [slice(i, repeats * count, repeats) for i in range(repeats)]  # a file sorted by class stays balanced
+        drawn = [(images[chosen], labels[chosen]) for chosen in sets]
     least = judge.num_features + 1
     if not least <= count <= len(test.images):
         raise ValueError(f"between {least} and {len(test.images)} images can be judged beside this data, got {count}")

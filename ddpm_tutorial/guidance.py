@@ -45,6 +45,7 @@ def classifier_free(model, labels: Tensor, guidance_scale: float = 1.0) -> Noise
     null = torch.full_like(labels, num_classes)
 
     def guided(x_t: Tensor, t: Tensor) -> Tensor:
+        _check_one_an_image(labels, x_t)
         if guidance_scale in (0, 1):
             return model(x_t, t, labels if guidance_scale == 1 else null)
         both = model(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([labels, null]))
@@ -69,6 +70,7 @@ def classifier_guidance(
     """
 
     def guided(x_t: Tensor, t: Tensor) -> Tensor:
+        _check_one_an_image(labels, x_t)
         with torch.enable_grad():  # samplers run without gradients
             x = x_t.detach().requires_grad_()
             log_p = classifier(x, t).log_softmax(dim=1)  # (B, num_classes)
@@ -90,7 +92,8 @@ def guided_between(low: int, high: int, guided: NoiseModel, otherwise: NoiseMode
 
 def rescaled(guided: NoiseModel, plain: NoiseModel, diffusion: GaussianDiffusion, strength: float = 0.7) -> NoiseModel:
     """``guided`` with its x_0 brought back towards the spread of ``plain``'s, image by image: x_0 is multiplied by
-    strength · std(plain x_0)/std(guided x_0) + 1 − strength (Lin et al., 2023, arXiv:2305.08891, section 3.4)."""
+    strength · std(plain x_0)/std(guided x_0) + 1 − strength (Lin et al., 2023, arXiv:2305.08891, section 3.4).
+    Calls both models."""
     if not 0 <= strength <= 1:
         raise ValueError(f"the strength of rescaling must lie in [0, 1], got {strength}")
 
@@ -132,8 +135,9 @@ class NoisyClassifier(nn.Module, Pretrained, PyTorchModelHubMixin, library_name=
         self.head = nn.Linear(2 * channels * (image_size // 4) ** 2, num_classes)
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        if x_t.shape[1:] != self.image_shape:
-            raise ValueError(f"x_t must be (B, {', '.join(map(str, self.image_shape))}), got {tuple(x_t.shape)}")
+        if x_t.shape[1:] != self.image_shape or t.shape != x_t.shape[:1]:
+            wanted = f"(B, {', '.join(map(str, self.image_shape))}) and t (B,)"
+            raise ValueError(f"x_t must be {wanted}, got {tuple(x_t.shape)} and {tuple(t.shape)}")
         emb = self.time_mlp(sinusoidal_embedding(t, self.channels))
         x = F.pixel_unshuffle(x_t, 2)  # (B, 4·in_channels, H/2, W/2)
         x = self.downsample(self.fine(self.conv_in(x), emb))
@@ -141,6 +145,13 @@ class NoisyClassifier(nn.Module, Pretrained, PyTorchModelHubMixin, library_name=
         return self.head(F.silu(self.norm_out(x)).flatten(1))
 
 
+def _check_one_an_image(labels: Tensor, x_t: Tensor) -> None:
+    if labels.shape != x_t.shape[:1]:
+        raise ValueError(f"labels must be ({len(x_t)},), one an image; got {tuple(labels.shape)}")
+
+
 def _check_labels(labels: Tensor, num_classes: int) -> None:
+    if labels.ndim != 1 or labels.is_floating_point():
+        raise ValueError(f"labels must be integers of shape (B,), got {labels.dtype} {tuple(labels.shape)}")
     if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
         raise ValueError(f"labels must lie in 0 … {num_classes - 1}, got {labels.min().item()} … {labels.max().item()}")

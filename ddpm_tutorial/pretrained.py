@@ -20,10 +20,10 @@ class Pretrained:
         Reads ``config.json`` and ``model.safetensors``; ``options`` are those of the hub mixin. ValueError where the
         files are damaged or do not fit each other.
         """
-        place = str(folder_or_hub_name or cls.shipped)
+        place = str(cls.shipped if folder_or_hub_name is None else folder_or_hub_name)
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # the mixin prints where it loads from
                 return super().from_pretrained(place, strict=True, **options)
-        except (SafetensorError, RuntimeError, TypeError, KeyError, ValueError) as error:
+        except (SafetensorError, RuntimeError, TypeError, AttributeError, KeyError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"{place} is damaged or holds no {cls.__name__} of this package: {reason}") from error

@@ -3,6 +3,7 @@
 import os
 import re
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -46,15 +47,24 @@ def load_trained(folder: str | None) -> Trained:
     device = processes().device
     model, diffusion = UNet.from_pretrained(folder).to(device), GaussianDiffusion.from_pretrained(folder).to(device)
     info = read_training_info(folder) if (folder / INFO_FILE).exists() else {}
-    shape = tuple(info.get("image_shape") or (model.in_channels, 28, 28))  # without a word, it was Fashion-MNIST
+    shape = info.get("image_shape") or [model.in_channels, 28, 28]  # without a word, it was Fashion-MNIST
     classes = model.num_classes or 0
-    class_names = info.get("class_names") or (CLASS_NAMES if classes == 10 else tuple(map(str, range(classes))))
-    if len(class_names) != classes or len(shape) != 3 or shape[0] != model.in_channels:
+    class_names = info.get("class_names") or list(CLASS_NAMES if classes == 10 else map(str, range(classes)))
+    for name, values, kind in (("image_shape", shape, int), ("class_names", class_names, str)):
+        if not isinstance(values, list) or not all(isinstance(value, kind) and value for value in values):
+            raise ValueError(f"{folder / INFO_FILE} is damaged: {name} is {values!r}")
+    if len(class_names) != classes or len(shape) != 3 or min(shape) < 1 or shape[0] != model.in_channels:
         raise ValueError(
             f"{folder}: the network has {classes} classes and {model.in_channels} channels, "
             f"{INFO_FILE} names {len(class_names)} classes and images of shape {shape}"
         )
-    return Trained(model, diffusion, device, shape, class_names)
+    if model.target != "noise" and not _same(model.signal, diffusion.sqrt_alphas_cumprod):
+        raise ValueError(f"{folder}: the network was made for another noise schedule than diffusion.safetensors holds")
+    return Trained(model, diffusion, device, tuple(shape), class_names)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one, other, atol=1e-5)
 
 
 def draw_images(trained: Trained, labels: Tensor, *options, **named) -> Tensor:
@@ -153,10 +163,12 @@ def parse_label(text: str | int, class_names: Sequence[str]) -> int:
         return "".join(c for c in name.lower() if c.isalnum())
 
     text, names = str(text), [plain(name) for name in class_names]
-    found = [i for i, name in enumerate(names) if plain(text) and name == plain(text)]
+    found = [i for i, name in enumerate(class_names) if name == text]
+    if not found and any(c.isalpha() for c in text):  # in numbers signs count
+        found = [i for i, name in enumerate(names) if name == plain(text)]
     if not found and text.isdecimal():
         found = [int(text)] if int(text) < len(names) else []
-    elif not found and plain(text):
+    elif not found and any(c.isalpha() for c in text):
         found = [i for i, name in enumerate(names) if name.startswith(plain(text))]
     if len(found) > 1:
         raise ValueError(f"label {text!r} may be {' or '.join(class_names[i] for i in found)}")
@@ -234,11 +246,12 @@ def read_samples(path: Path) -> tuple[Tensor, Tensor]:
     try:
         with np.load(path, allow_pickle=False) as file:
             images, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"])
-    except (zipfile.BadZipFile, KeyError, ValueError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a FILE.npz with images and labels: {error}") from error
-    if images.dtype != torch.uint8 or images.ndim != 4 or labels.shape != images.shape[:1]:
+    integers = not (labels.is_floating_point() or labels.is_complex())
+    if images.dtype != torch.uint8 or images.ndim != 4 or labels.shape != images.shape[:1] or not integers:
         raise ValueError(
-            f"{path} must hold uint8 images (N, C, H, W) and labels (N,), got {images.dtype} {tuple(images.shape)} "
-            f"and {tuple(labels.shape)}"
+            f"{path} must hold uint8 images (N, C, H, W) and integer labels (N,), got {images.dtype} "
+            f"{tuple(images.shape)} and {labels.dtype} {tuple(labels.shape)}"
         )
-    return images, labels
+    return images, labels.long()

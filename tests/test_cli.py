@@ -24,6 +24,7 @@ from ddpm_tutorial import trained as trained_module
 from ddpm_tutorial.checkpoint import STATE_FILE
 from ddpm_tutorial.data import CLASS_NAMES, load_fashion_mnist
 from ddpm_tutorial.diffusion import GaussianDiffusion
+from ddpm_tutorial.metrics import label_agreement, look
 from ddpm_tutorial.sampling import SampleStep, sample_images
 from ddpm_tutorial.trained import (
     draw_batches,
@@ -31,6 +32,7 @@ from ddpm_tutorial.trained import (
     draw_images,
     load_trained,
     parse_label,
+    read_samples,
     sampler_of_images,
     save_images,
 )
@@ -265,15 +267,28 @@ def test_checkpoint_whose_files_do_not_fit_each_other(trained, tmp_path, fails):
         (tmp_path / "run" / "training.json").write_text(json.dumps(wrong))
         out = ["--out", tmp_path / "x.png"]
         assert "training.json names" in fails("sample", "--checkpoint", tmp_path / "run", *out)
+    for wrong in ({"class_names": 5}, {"class_names": [1] * 10}, {"image_shape": 5}, {"image_shape": [1, 28, "x"]}):
+        (tmp_path / "run" / "training.json").write_text(json.dumps(wrong))
+        assert "training.json is damaged" in fails("sample", "--checkpoint", tmp_path / "run", *out)
 
 
-def test_out_of_memory_is_one_line(monkeypatch, capsys):
+@pytest.mark.parametrize("num_timesteps, schedule", [(100, "cosine"), (50, "linear")])
+def test_network_of_another_schedule_is_refused(num_timesteps, schedule, tmp_path, fails):
+    """A network that gives v turns it into noise by its own schedule: that must be the sampler's."""
+    GaussianDiffusion.from_schedule(schedule, num_timesteps).save_pretrained(tmp_path)
+    UNet(channels=8, target="v", schedule="linear", num_timesteps=100).save_pretrained(tmp_path)
+    out = ["--out", tmp_path / "x.png"]
+    assert "made for another noise schedule" in fails("sample", "--checkpoint", tmp_path, *out)
+
+
+@pytest.mark.parametrize("message", ["CUDA out of memory. Tried 20 GiB", "DefaultCPUAllocator: can't allocate memory"])
+def test_out_of_memory_is_one_line(monkeypatch, capsys, message):
     def too_much(**options):
-        raise RuntimeError("CUDA out of memory. Tried to allocate 20 GiB\nand more")
+        raise RuntimeError(f"{message}\nand more")
 
     monkeypatch.setattr(cli, "run_sample", too_much)
     assert cli.main(["sample", "--out", "x.png"]) == 1
-    assert capsys.readouterr().err == "ddpm-tutorial sample: error: CUDA out of memory. Tried to allocate 20 GiB\n"
+    assert capsys.readouterr().err == f"ddpm-tutorial sample: error: {message}\n"
 
 
 def test_bad_input_of_train(trained, tmp_path, fails):
@@ -320,6 +335,22 @@ def test_sample_png_from_the_shipped_weights(tmp_path):
 def sample(trained, *arguments):
     few = ["--num-inference-steps", 3] if "--sampler" not in arguments else []
     assert cli.main([str(a) for a in ("sample", "--checkpoint", trained, *few, *arguments)]) == 0
+
+
+def test_labels_scale_eta_and_seed_reach_the_images(tmp_path):
+    """With the shipped weights: the classes are those asked for, and each option changes the images."""
+    few = ["sample", "--labels", "sneaker", "bag", "trouser", "--num-images", 12, "--num-inference-steps", 8]
+
+    def drawn(name, *options):
+        assert cli.main([str(a) for a in (*few, *options, "--out", tmp_path / f"{name}.npz")]) == 0
+        return read_samples(tmp_path / f"{name}.npz")
+
+    images, labels = drawn("plain")
+    assert labels.tolist() == [7, 8, 1] * 4
+    assert label_agreement(look(images).logits, labels) > 0.7
+    for options in (["--seed", 1], ["--eta", 1], ["--guidance-scale", 3], ["--sampler", "heun"], ["--labels", "coat"]):
+        others, _ = drawn("other", *options)
+        assert (others.int() - images.int()).abs().float().mean() > 1, options
 
 
 def test_sample_single_files_grid_npz_and_gif_are_the_same_images(trained, tmp_path):
@@ -520,10 +551,13 @@ def test_existing_picture_survives_a_failed_command(trained, tmp_path, fails):
 def test_label_names():
     texts = ("7", "Sneaker", "t-shirt", "T-shirt/top", "ankle boot", "BAG", "dr")
     assert [parse_label(text, CLASS_NAMES) for text in texts] == [7, 7, 0, 0, 9, 8, 3]
-    for bad in ("", "-", "11", "sneakers"):
+    for bad in ("", "-", "11", "-1", "1.0", "sneakers"):
         with pytest.raises(ValueError, match="unknown label"):
             parse_label(bad, CLASS_NAMES)
     assert parse_label("10", ["1", "10", "2"]) == 1  # a name comes before a number
+    with pytest.raises(ValueError, match="unknown label '-1'"):
+        parse_label("-1", ["0", "1", "2"])
+    assert parse_label("-1", ["0", "-1", "1"]) == 1
     with pytest.raises(ValueError, match="19 n19, … 199$"):
         parse_label("x", [f"n{i}" for i in range(200)])
 
@@ -545,6 +579,17 @@ def test_evaluate_judges_given_samples_beside_real_images(tmp_path):
     assert all(name in printed for name in generated)
 
 
+def test_a_file_sorted_by_class_is_divided_into_balanced_sets(tmp_path, capsys):
+    data = load_fashion_mnist("train", source="sample")
+    order = data.labels[:600].argsort(stable=True)
+    labels = data.labels[order].to(torch.int32)
+    np.savez(tmp_path / "sorted.npz", images=data.images[order].numpy(), labels=labels.numpy())
+    arguments = ["--metric", "samples", "--data", "sample", "--samples", tmp_path / "sorted.npz", "--repeats", 2]
+    assert cli.main([str(a) for a in ("evaluate", *arguments, "--out", tmp_path / "figures.json")]) == 0
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert (figures["num_images"], figures["repeats"]) == (300, 2) and figures["frechet_ratio"] < 3
+
+
 def test_evaluate_draws_samples_of_the_checkpoint(trained, tmp_path):
     run("evaluate", "--checkpoint", trained, "--metric", "samples", "--data", "sample", "--num-images", 100,
         "--repeats", 2, "--sampler", "dpmpp-2m", "--num-inference-steps", 2,
@@ -563,10 +608,21 @@ def test_bad_input_of_evaluate_samples(trained, tmp_path, fails):
     assert "--split has no meaning with --metric samples" in fails(*arguments, "--split", "test")
     told = fails(*arguments, "--samples", "x.npz", "--sampler", "heun", "--guidance-scale", 2)
     assert "--sampler, --guidance-scale has no meaning with --samples FILE" in told
-    (tmp_path / "no.npz").write_bytes(b"PK no zip")
-    assert "is not a FILE.npz" in fails(*arguments, "--samples", tmp_path / "no.npz")
+    told = fails(*arguments, "--samples", "x.npz", "--num-images", 200)
+    assert "--num-images has no meaning with --samples FILE" in told
+    good, cut = np.zeros((200, 1, 28, 28), np.uint8), tmp_path / "cut.npz"
+    np.savez_compressed(cut, images=good, labels=np.arange(200) % 10)
+    cut.write_bytes(cut.read_bytes()[:60] + b"\0" * 40 + cut.read_bytes()[100:])
+    np.save(tmp_path / "array.npy", good)
+    (tmp_path / "array.npy").rename(tmp_path / "array.npz")
+    for name, contents in (("no.npz", b"PK no zip"), ("empty.npz", b""), ("cut.npz", None), ("array.npz", None)):
+        if contents is not None:
+            (tmp_path / name).write_bytes(contents)
+        assert "is not a FILE.npz" in fails(*arguments, "--samples", tmp_path / name)
     np.savez(tmp_path / "other.npz", images=np.zeros((3, 28, 28)), labels=np.zeros(3))
     assert "must hold uint8 images (N, C, H, W)" in fails(*arguments, "--samples", tmp_path / "other.npz")
+    np.savez(tmp_path / "float.npz", images=good, labels=np.arange(200) % 10.0)
+    assert "integer labels (N,), got torch.uint8" in fails(*arguments, "--samples", tmp_path / "float.npz")
     for name, shape, labels, told in (
         (
             "large",

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-editing_figures = pytest.importorskip("editing_figures")
+import editing_figures
 
-from ddpm_tutorial.results import RESULTS_FOLDER  # noqa: E402
+from ddpm_tutorial.results import RESULTS_FOLDER
 
 
 @pytest.fixture

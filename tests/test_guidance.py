@@ -289,7 +289,26 @@ def test_noisy_classifier_is_trained_on_noised_images():
 
 
 def test_noisy_classifier_refuses_images_of_another_size():
-    with pytest.raises(ValueError, match=r"x_t must be \(B, 1, 28, 28\), got \(2, 1, 32, 32\)"):
+    with pytest.raises(ValueError, match=r"x_t must be \(B, 1, 28, 28\) and t \(B,\), got \(2, 1, 32, 32\) and \(2,\)"):
         NoisyClassifier()(torch.zeros(2, 1, 32, 32), torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match=r"got \(2, 1, 28, 28\) and \(1,\)"):
+        NoisyClassifier()(torch.zeros(2, 1, 28, 28), torch.tensor([1]))
     with pytest.raises(ValueError, match="multiple of 4, got 30"):
         NoisyClassifier(image_size=30)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 2.0])
+def test_one_label_an_image(scale):
+    """Too few labels would guide the first images only."""
+    diffusion, x_t, t = GaussianDiffusion.from_schedule("linear", 100), torch.zeros(3, 1, 8, 8), torch.tensor([5, 5, 5])
+    labels, model = torch.tensor([0, 1]), UNet(channels=8, num_classes=2)
+    classifier = NoisyClassifier(num_classes=2, channels=8, image_size=8)
+    for guided in (
+        classifier_free(model, labels, scale),
+        classifier_guidance(model, classifier, diffusion, labels, scale),
+    ):
+        with pytest.raises(ValueError, match=r"labels must be \(3,\), one an image; got \(2,\)"):
+            guided(x_t, t)
+    for bad in (torch.tensor(1), torch.tensor([0.0, 1.0])):
+        with pytest.raises(ValueError, match=r"labels must be integers of shape \(B,\)"):
+            classifier_free(model, bad)

@@ -10,13 +10,13 @@ import torch
 from torch.testing import assert_close
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-sweep = pytest.importorskip("guidance_sweep")
+import guidance_sweep as sweep
 
-from ddpm_tutorial import data, evaluation  # noqa: E402
-from ddpm_tutorial.guidance import NoisyClassifier, classifier_free, classifier_guidance  # noqa: E402
-from ddpm_tutorial.results import RESULTS_FOLDER  # noqa: E402
-from ddpm_tutorial.sampling import sample_dpmpp_2m  # noqa: E402
-from ddpm_tutorial.trained import load_trained  # noqa: E402
+from ddpm_tutorial import data, evaluation
+from ddpm_tutorial.guidance import NoisyClassifier, classifier_free, classifier_guidance
+from ddpm_tutorial.results import RESULTS_FOLDER
+from ddpm_tutorial.sampling import sample_dpmpp_2m
+from ddpm_tutorial.trained import load_trained
 
 Setting = sweep.Setting
 

@@ -12,7 +12,7 @@ import torch
 
 TOOLS = Path(__file__).parents[1] / "tools"
 sys.path.insert(0, str(TOOLS))
-ladder = pytest.importorskip("ladder")
+import ladder  # noqa: E402
 
 from ddpm_tutorial import evaluation  # noqa: E402
 from ddpm_tutorial.data import load_fashion_mnist  # noqa: E402

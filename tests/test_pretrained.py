@@ -49,8 +49,12 @@ def change_the_width(folder):
     path.write_text(json.dumps(config | {name: 16}))
 
 
+def write_no_object(folder):
+    (folder / "config.json").write_text("[]")
+
+
 @pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("damage", [lose_a_tensor, cut_the_weights, change_the_width])
+@pytest.mark.parametrize("damage", [lose_a_tensor, cut_the_weights, change_the_width, write_no_object])
 def test_what_does_not_fit_is_refused(network, damage, tmp_path):
     network(**NETWORKS[network]).save_pretrained(tmp_path)
     damage(tmp_path)

@@ -31,7 +31,7 @@ from ddpm_tutorial.guidance import (
     rescaled,
 )
 from ddpm_tutorial.metrics import Classifier, Seen, look, sample_figures
-from ddpm_tutorial.sampling import sample_dpmpp_2m, sample_images
+from ddpm_tutorial.sampling import ddim_timesteps, sample_dpmpp_2m, sample_images
 from ddpm_tutorial.trained import Trained, load_trained
 
 BATCH_SIZE = 100
@@ -122,6 +122,7 @@ def run(num_images: int, steps: int, data: str | None, seed: int, out: Path) -> 
             f"--num-images must be a multiple of 10, above {classifier.num_features} and at most {10 * fewest} for "
             f"this data, got {num_images}"
         )
+    ddim_timesteps(trained.diffusion.num_timesteps, steps)  # says what is wrong
     settings = {
         "num_images": num_images,
         "seed": seed,
