@@ -4,6 +4,7 @@ Exit status: 0 done, 1 failed while running, 2 bad input (one line says what), 1
 """
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -30,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:  # ConnectionError and FileNotFoundError are OSErrors
         from .training import WriteError
 
-        return _fail(command, error, 1 if isinstance(error, WriteError) else 2)
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        return _fail(command, error, 1 if isinstance(error, WriteError) or full else 2)
     except FloatingPointError as error:
         return _fail(command, error, 1)
     except RuntimeError as error:

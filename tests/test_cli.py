@@ -1,5 +1,6 @@
 """The command line: killed, stopped and resumed in processes of their own; bad input within this one, for speed."""
 
+import errno
 import itertools
 import json
 import os
@@ -279,6 +280,15 @@ def test_network_of_another_schedule_is_refused(num_timesteps, schedule, tmp_pat
     UNet(channels=8, target="v", schedule="linear", num_timesteps=100).save_pretrained(tmp_path)
     out = ["--out", tmp_path / "x.png"]
     assert "made for another noise schedule" in fails("sample", "--checkpoint", tmp_path, *out)
+
+
+def test_full_disk_is_no_bad_input(monkeypatch, capsys):
+    def too_much(**options):
+        raise OSError(errno.ENOSPC, "No space left on device", "x.png")
+
+    monkeypatch.setattr(cli, "run_sample", too_much)
+    assert cli.main(["sample", "--out", "x.png"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.parametrize("message", ["CUDA out of memory. Tried 20 GiB", "DefaultCPUAllocator: can't allocate memory"])

@@ -17,7 +17,7 @@ from ddpm_tutorial.results import RESULTS_FOLDER
 def command(monkeypatch, tmp_path):
     """The command with one cheap row of each kind; its file, and how to run it."""
     monkeypatch.setattr(editing_figures, "COMPLETIONS", [(True, 2, 1.0, 1)])
-    monkeypatch.setattr(editing_figures, "CHANGES", {(7, 9): ""})
+    monkeypatch.setattr(editing_figures, "CHANGES", [(7, 9)])
     monkeypatch.setattr(editing_figures, "STRENGTHS", [0.002])
     out = tmp_path / "a.json"
     return out, lambda *options: editing_figures.main(["--data", "sample", "--out", str(out), *map(str, options)])

@@ -30,7 +30,7 @@ COMPLETIONS = [
     (False, 25, 0.0, 1), (False, 25, 1.0, 1), (False, 25, 1.0, 2), (False, 25, 1.0, 5), (False, 125, 1.0, 1),
     (True, 25, 1.0, 1), (True, 25, 1.0, 5),
 ]  # fmt: skip
-CHANGES = {(0, 3): "T-shirt to dress", (7, 9): "sneaker to ankle boot"}
+CHANGES = [(0, 3), (7, 9)]  # T-shirt to dress, sneaker to ankle boot
 STRENGTHS = [0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0]
 
 

@@ -25,7 +25,7 @@ from ddpm_tutorial.diffusion import SHIPPED_WEIGHTS
 from ddpm_tutorial.evaluation import real_figures, spread
 from ddpm_tutorial.guidance import classifier_free
 from ddpm_tutorial.metrics import Classifier, look, sample_figures
-from ddpm_tutorial.sampling import sample_ddim, sample_ddpm, sample_dpmpp_2m, sample_heun, sample_images
+from ddpm_tutorial.sampling import sample_ddim, sample_dpmpp_2m, sample_heun, sample_images
 from ddpm_tutorial.trained import Trained, load_trained
 
 EVALUATIONS = (5, 10, 20, 50, 100, 250, 1000)  # of the network, for each image
@@ -38,7 +38,6 @@ SOLVERS = {
     "DPM-Solver++(2M)": sample_dpmpp_2m,
 }
 AGAIN, NUM_SEEDS = ("DPM-Solver++(2M)", 20), 8  # this row is drawn with other seeds too: how much of a figure is luck
-WHOLE_CHAIN = {"DDPM, σ² = β": partial(sample_ddpm, variance="beta")}  # visits all T timesteps
 
 
 def ladder(num_timesteps: int, max_evaluations: int) -> list[tuple[str, int, Callable]]:
@@ -48,8 +47,6 @@ def ladder(num_timesteps: int, max_evaluations: int) -> list[tuple[str, int, Cal
         for name, sampler in SOLVERS.items():
             steps = (allowed + 1) // 2 if name == "Heun" else allowed  # Heun's n steps take 2n − 1
             rows.append((name, allowed, partial(sampler, num_inference_steps=steps)))
-        if allowed == num_timesteps:
-            rows += [(name, allowed, sampler) for name, sampler in WHOLE_CHAIN.items()]
     return rows
 
 
