@@ -180,7 +180,6 @@ def run_evaluate(
     checkpoint: str | None = None,
     data: str | None = None,
     metric: str = "bits-per-dim",
-    num_images: int | None = None,
     seed: int = 0,
     out: Path | None = None,
     **options,
@@ -191,20 +190,17 @@ def run_evaluate(
 
     if metric not in ("bits-per-dim", "samples"):
         raise ValueError(f"--metric must be bits-per-dim or samples, got {metric!r}")
-    if num_images is not None and "samples" in options:
-        raise ValueError("--num-images has no meaning with --samples FILE: all its images are judged")
-    num_images = 200 if num_images is None else num_images
-    at_least(0, num_images=num_images, seed=seed)
+    at_least(0, num_images=options.get("num_images", 0), seed=seed)
     if out is not None and (out.suffix != ".json" or not out.parent.is_dir()):
         raise ValueError(f"--out must be a FILE.json in a folder that exists, got {out}")
-    measure, chosen, taken = measure_bits, f"--metric {metric}", {"split", "num_steps"}
+    measure, chosen, taken = measure_bits, f"--metric {metric}", {"num_images", "split", "num_steps"}
     if metric == "samples":
-        measure, taken = measure_samples, set(options) - taken
+        measure, taken = measure_samples, set(options) - {"split", "num_steps"}
         if "samples" in options:
             chosen, taken = "--samples FILE", {"samples", "repeats", "features"}
     if other := [f"--{name.replace('_', '-')}" for name in options if name not in taken]:
         raise ValueError(f"{', '.join(other)} has no meaning with {chosen}")
-    report = {"metric": metric, "seed": seed} | measure(load_trained(checkpoint), data, num_images, seed, **options)
+    report = {"metric": metric, "seed": seed} | measure(load_trained(checkpoint), data, seed, **options)
     if out is not None:
         with written_aside(out) as aside:
             aside.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

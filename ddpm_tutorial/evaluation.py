@@ -27,7 +27,7 @@ JUDGES = {"own": lambda device: Classifier.from_pretrained().to(device), "incept
 
 
 def measure_bits(
-    trained: Trained, data: str | None, num_images: int, seed: int, split: str = "test", num_steps: int = 50
+    trained: Trained, data: str | None, seed: int, num_images: int = 200, split: str = "test", num_steps: int = 50
 ) -> dict:
     """Print the bound of real images, term by term, and return the figures."""
     at_least(0, num_steps=num_steps)
@@ -54,7 +54,7 @@ def measure_bits(
 
 
 def measure_samples(
-    trained: Trained, data: str | None, num_images: int, seed: int, samples: Path | None = None, repeats: int = 1,
+    trained: Trained, data: str | None, seed: int, num_images: int = 200, samples: Path | None = None, repeats: int = 1,
     features: str = "own", sampler: str = "ddim", num_inference_steps: int | None = None, guidance_scale: float = 1.0,
     eta: float | None = None,
 ) -> dict:  # fmt: skip

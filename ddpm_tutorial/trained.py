@@ -25,6 +25,7 @@ from .training import processes
 from .unet import UNet
 
 BATCH_SIZE = 200  # images drawn together
+NUM_FRAMES = 40  # of a GIF, at most
 MAX_GUIDANCE_SCALE = 100
 FILE_TYPES = (".png", ".npz", ".gif")
 
@@ -100,12 +101,12 @@ def draw_batches(
     return batches()
 
 
-def draw_chain(trained: Trained, labels: Tensor, *options, num_frames: int = 40, **named) -> list[Tensor]:
-    """Up to ``num_frames`` moments of the chain, evenly from x_T to the sample; each is the x_t of one batch of images,
+def draw_chain(trained: Trained, labels: Tensor, *options, **named) -> list[Tensor]:
+    """Up to ``NUM_FRAMES`` moments of the chain, evenly from x_T to the sample; each is the x_t of one batch of images,
     uint8 (N, C, H, W)."""
     x_T, steps = sampler_of_images(trained, *options, **named)(labels, 0)
     chain = [to_uint8(x_t).cpu() for x_t in (x_T, *(step.x_t for step in steps))]
-    count = min(num_frames, len(chain))
+    count = min(NUM_FRAMES, len(chain))
     return [chain[round(i * (len(chain) - 1) / (count - 1))] for i in range(count)]
 
 

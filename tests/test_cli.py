@@ -564,6 +564,8 @@ def test_label_names():
     for bad in ("", "-", "11", "-1", "1.0", "sneakers"):
         with pytest.raises(ValueError, match="unknown label"):
             parse_label(bad, CLASS_NAMES)
+    with pytest.raises(ValueError, match="label 's' may be Sandal or Shirt or Sneaker"):
+        parse_label("s", CLASS_NAMES)
     assert parse_label("10", ["1", "10", "2"]) == 1  # a name comes before a number
     with pytest.raises(ValueError, match="unknown label '-1'"):
         parse_label("-1", ["0", "1", "2"])

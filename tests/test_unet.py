@@ -471,6 +471,14 @@ def test_saved_and_loaded_network_is_the_same(name, tmp_path):
     assert set(load_file(tmp_path / "model.safetensors")) == set(model.state_dict())
 
 
+def test_config_of_another_network_is_refused(tmp_path):
+    UNet(channels=8, num_classes=3).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_res_blocks": 2}))
+    with pytest.raises(ValueError, match="damaged or holds no UNet of this package"):
+        UNet.from_pretrained(tmp_path)
+
+
 def test_shipped_weights_load_without_a_network():
     model = UNet.from_pretrained()
     assert model.num_classes == 10 and model.in_channels == 1
