@@ -1,13 +1,13 @@
 """What ``ddpm-tutorial evaluate`` measures: the bound of real images; what a classifier sees in samples (chapter 8)."""
 
 import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .arguments import at_least
 from .data import CLASS_NAMES, ImageData, load_images, seeded_generator, to_model_range
 from .elbo import bits_per_dim, mean_and_error
 from .metrics import (
@@ -23,14 +23,12 @@ from .metrics import (
 from .trained import Trained, draw_images, read_samples
 
 REAL_SUBSETS = 10  # random subsets of the test set for the real floor
-JUDGES = {"own": lambda device: Classifier.from_pretrained().to(device), "inception": InceptionV3}
 
 
 def measure_bits(
     trained: Trained, data: str | None, seed: int, num_images: int = 200, split: str = "test", num_steps: int = 50
 ) -> dict:
-    """Print the bound of real images, term by term, and return the figures."""
-    at_least(0, num_steps=num_steps)
+    """The figures of the bound of real images, term by term. FloatingPointError where they are not finite."""
     channels, height, width = trained.image_shape
     images = load_images(data, split, height if height == width else None, channels).images
     if num_images > len(images):
@@ -47,10 +45,16 @@ def measure_bits(
     parts = {"total": result.total, "L_T": result.prior, "L_1_to_T-1": middle, "L_0": first}
     names = ("mean", "standard_error")
     figures = {part: dict(zip(names, mean_and_error(bits), strict=True)) for part, bits in parts.items()}
-    print(f"bits/dim without labels, {len(x_0)} {split} images, {len(result.weights)} timesteps each:")
-    for name, figure in figures.items():
-        print(f"  {name:10s} {figure['mean']:8.4f} ± {figure['standard_error']:.4f}")
+    if not result.total.isfinite().all():
+        raise FloatingPointError("the bound is not finite: the training of this network went wrong")
     return {"split": split, "num_images": len(x_0), "num_steps": len(result.weights), "bits_per_dim": figures}
+
+
+def print_bits(report: dict) -> None:
+    num_images, num_steps = report["num_images"], report["num_steps"]
+    print(f"bits/dim without labels, {num_images} {report['split']} images, {num_steps} timesteps each:")
+    for name, figure in report["bits_per_dim"].items():
+        print(f"  {name:10s} {figure['mean']:8.4f} ± {figure['standard_error']:.4f}")
 
 
 def measure_samples(
@@ -58,7 +62,7 @@ def measure_samples(
     features: str = "own", sampler: str = "ddim", num_inference_steps: int | None = None, guidance_scale: float = 1.0,
     eta: float | None = None,
 ) -> dict:  # fmt: skip
-    """Print the figures of samples beside those of as many real test images, and return them.
+    """The figures of samples beside those of as many real test images.
 
     ``repeats`` sets of samples are drawn, or made of the given ones, each of every ``repeats``-th; the real ones are
     random subsets of the test set, equally many of each class. Each figure is a mean and a standard deviation over
@@ -66,11 +70,8 @@ def measure_samples(
     """
     if list(trained.class_names) != list(CLASS_NAMES) or trained.image_shape != (1, 28, 28):
         raise ValueError("--metric samples knows Fashion-MNIST only: its classifier was trained on those ten classes")
-    at_least(1, repeats=repeats)
     train, test = load_images(data, "train"), load_images(data, "test")
-    if features not in JUDGES:
-        raise ValueError(f"--features must be {' or '.join(JUDGES)}, got {features!r}")
-    judge = JUDGES[features](trained.device)
+    judge = _judge(features, trained.device)
     if samples is None:
         options = {"sampler": sampler, "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
         options["eta"] = eta
@@ -80,15 +81,17 @@ def measure_samples(
         made, (images, labels) = {"samples": samples.name}, read_samples(samples)
         _check_samples(samples, images, labels)
         count = len(images) // repeats
-        sets = [slice(i, repeats * count, repeats) for i in range(repeats)]  # a file sorted by class stays balanced
-        drawn = [(images[chosen], labels[chosen]) for chosen in sets]
     least = judge.num_features + 1
     if not least <= count <= len(test.images):
         raise ValueError(f"between {least} and {len(test.images)} images can be judged beside this data, got {count}")
     if samples is None:
         labels = torch.arange(count) % len(CLASS_NAMES)
         drawn = [(draw_images(trained, labels, **options, seed=seed + i), labels) for i in range(repeats)]
+    else:
+        sets = [slice(i, repeats * count, repeats) for i in range(repeats)]  # a file sorted by class stays balanced
+        drawn = [(images[chosen], labels[chosen]) for chosen in sets]
 
+    print(f"judging {repeats} × {count} samples and the real images beside them …", file=sys.stderr)
     reference = look(train.images, judge)
 
     def measure(images: Tensor, labels: Tensor) -> dict[str, float]:
@@ -103,10 +106,20 @@ def measure_samples(
         accuracy = accuracy_trained_on(images, labels, test.images, test.labels)
         figures["accuracy_trained_on"] = {"mean": accuracy, "deviation": None}
     ratio = generated["frechet_distance"]["mean"] / real["frechet_distance"]["mean"]
-    print_figures(generated, real, count, len(train.images))
-    print(f"  Fréchet distance over the real one: {ratio:.1f}")
     sizes = {"features": features, "num_images": count, "repeats": len(drawn), "num_train_images": len(train.images)}
     return made | sizes | {"generated": generated, "real": real, "frechet_ratio": ratio}
+
+
+def _judge(features: str, device: torch.device) -> Classifier | InceptionV3:
+    if features == "own":
+        return Classifier.from_pretrained().to(device)
+    try:
+        return InceptionV3(device)
+    except OSError as error:
+        raise ConnectionError(
+            f"the weights of Inception-v3, which torch-fidelity downloads, could not be had ({error}); --features own "
+            "needs no network"
+        ) from error
 
 
 def _check_samples(path: Path, images: Tensor, labels: Tensor) -> None:
@@ -147,9 +160,14 @@ def real_figures(test: ImageData, reference: Seen, count: int, seed: int = 0, ju
     return of_subsets(figures, test.labels, count, seed)
 
 
-def print_figures(generated: dict, real: dict, count: int, num_train_images: int) -> None:
+def print_figures(report: dict) -> None:
+    count, num_train_images = report["num_images"], report["num_train_images"]
     print(f"{count} samples, beside as many real test images; distances to {num_train_images} training images:")
-    for name, figure in generated.items():
+    for name, figure in report["generated"].items():
         told = ["{mean:9.4f}".format(**f) + (f" ± {f['deviation']:.4f}" if f["deviation"] is not None else " " * 9)
-                for f in (figure, real[name])]  # fmt: skip
+                for f in (figure, report["real"][name])]  # fmt: skip
         print(f"  {name:24s} {told[0]}   real {told[1]}".rstrip())
+    print(f"  Fréchet distance over the real one: {report['frechet_ratio']:.1f}")
+
+
+METRICS = {"bits-per-dim": (measure_bits, print_bits), "samples": (measure_samples, print_figures)}

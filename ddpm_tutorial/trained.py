@@ -1,9 +1,7 @@
 """A trained model as the command line uses it: load it, draw images for labels, write and read them."""
 
-import os
 import re
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,18 +13,17 @@ from torch import Tensor
 from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
-from .arguments import at_least
-from .checkpoint import INFO_FILE, read_training_info, written_aside
+from .checkpoint import INFO_FILE, check_writable, read_training_info, written_aside
 from .data import CLASS_NAMES, seeded_generator, to_uint8
 from .diffusion import SHIPPED_WEIGHTS, GaussianDiffusion, randn_like
 from .guidance import classifier_free
+from .pretrained import reading
 from .sampling import SAMPLERS, SampleStep, ddim_timesteps, sample_images
 from .training import processes
 from .unet import UNet
 
 BATCH_SIZE = 200  # images drawn together
 NUM_FRAMES = 40  # of a GIF, at most
-MAX_GUIDANCE_SCALE = 100
 FILE_TYPES = (".png", ".npz", ".gif")
 
 
@@ -43,25 +40,23 @@ class Trained(NamedTuple):
 def load_trained(folder: str | None) -> Trained:
     """The checkpoint in a folder (None: the shipped one). ValueError where its files do not fit each other."""
     folder = SHIPPED_WEIGHTS if folder is None else Path(folder)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"no checkpoint in {folder}: it holds no config.json")
-    device = processes().device
-    model, diffusion = UNet.from_pretrained(folder).to(device), GaussianDiffusion.from_pretrained(folder).to(device)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no checkpoint in {folder}: there is no such folder")
+    device, model = processes().device, UNet.from_pretrained(folder)
+    with reading(folder / "diffusion.safetensors", "noise schedule"):
+        diffusion = GaussianDiffusion.from_pretrained(folder)
     info = read_training_info(folder) if (folder / INFO_FILE).exists() else {}
     shape = info.get("image_shape") or [model.in_channels, 28, 28]  # without a word, it was Fashion-MNIST
     classes = model.num_classes or 0
     class_names = info.get("class_names") or list(CLASS_NAMES if classes == 10 else map(str, range(classes)))
-    for name, values, kind in (("image_shape", shape, int), ("class_names", class_names, str)):
-        if not isinstance(values, list) or not all(isinstance(value, kind) and value for value in values):
-            raise ValueError(f"{folder / INFO_FILE} is damaged: {name} is {values!r}")
-    if len(class_names) != classes or len(shape) != 3 or min(shape) < 1 or shape[0] != model.in_channels:
+    if len(class_names) != classes or shape[0] != model.in_channels:
         raise ValueError(
             f"{folder}: the network has {classes} classes and {model.in_channels} channels, "
             f"{INFO_FILE} names {len(class_names)} classes and images of shape {shape}"
         )
     if model.target != "noise" and not _same(model.signal, diffusion.sqrt_alphas_cumprod):
         raise ValueError(f"{folder}: the network was made for another noise schedule than diffusion.safetensors holds")
-    return Trained(model, diffusion, device, tuple(shape), class_names)
+    return Trained(model.to(device), diffusion.to(device), device, tuple(shape), class_names)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
@@ -86,28 +81,47 @@ def draw_batches(
     """One image for each label, in uint8 batches (≤ batch_size, C, H, W) as they are done: memory stays bounded.
     Another batch size gives the same images but for rounding, a grey level here and there.
 
-    ValueError at the call, before anything is drawn, names the option that is wrong.
+    ValueError at the call, before anything is drawn, names the option that is wrong; FloatingPointError where an image
+    is not finite.
     """
-    at_least(1, batch_size=batch_size)
     begin = sampler_of_images(trained, sampler, num_inference_steps, guidance_scale, seed, eta)
 
     def batches() -> Iterator[Tensor]:
-        with tqdm(total=len(labels), unit="image", mininterval=1) as bar:
+        with _progress(trained, labels) as bar:
             for first in range(0, len(labels), batch_size):
-                batch = labels[first : first + batch_size]
-                yield sample_images(begin(batch, first)[1]).cpu()
-                bar.update(len(batch))
+                chain = begin(labels[first : first + batch_size], first)[1]
+                yield sample_images(_watched(trained, chain, bar)).cpu()
 
     return batches()
 
 
 def draw_chain(trained: Trained, labels: Tensor, *options, **named) -> list[Tensor]:
     """Up to ``NUM_FRAMES`` moments of the chain, evenly from x_T to the sample; each is the x_t of one batch of images,
-    uint8 (N, C, H, W)."""
+    uint8 (N, C, H, W). Errors as for ``draw_batches``."""
     x_T, steps = sampler_of_images(trained, *options, **named)(labels, 0)
-    chain = [to_uint8(x_t).cpu() for x_t in (x_T, *(step.x_t for step in steps))]
+    with _progress(trained, labels) as bar:
+        chain = [to_uint8(x_t).cpu() for x_t in (x_T, *(step.x_t for step in _watched(trained, steps, bar)))]
     count = min(NUM_FRAMES, len(chain))
     return [chain[round(i * (len(chain) - 1) / (count - 1))] for i in range(count)]
+
+
+def _progress(trained: Trained, labels: Tensor) -> tqdm:
+    """A bar that counts, for each image, the timesteps from T down to 0: it moves with every step of a sampler."""
+    return tqdm(
+        total=len(labels) * trained.diffusion.num_timesteps, desc=f"{len(labels)} images", mininterval=1,
+        bar_format="{l_bar}{bar}| {elapsed}<{remaining}",
+    )  # fmt: skip
+
+
+def _watched(trained: Trained, chain: Iterator[SampleStep], bar: tqdm) -> Iterator[SampleStep]:
+    """The same steps; they move the bar, and the last must be finite."""
+    t = trained.diffusion.num_timesteps
+    for step in chain:
+        bar.update(len(step.x_t) * (t - step.t))
+        t = step.t
+        if t == 0 and not step.x_t.isfinite().all():
+            raise FloatingPointError("the network gave images that are not finite: its training went wrong")
+        yield step
 
 
 def sampler_of_images(
@@ -121,16 +135,10 @@ def sampler_of_images(
     """A function of (labels (B,), first) that gives x_T and the chain of the images number first … first + B − 1.
 
     Image i takes all its noise from a generator of its own, seeded by (seed, i). So it is the same image in any batch
-    and beside any number of others.
+    and beside any number of others. ValueError names an option that does not go with the others or with the network.
     """
-    at_least(0, seed=seed)
-    if not abs(guidance_scale) <= MAX_GUIDANCE_SCALE:  # not for nan either
-        limits = f"{-MAX_GUIDANCE_SCALE} … {MAX_GUIDANCE_SCALE}"
-        raise ValueError(f"--guidance-scale must lie in {limits}, got {guidance_scale}")
     if guidance_scale != 1 and not trained.class_names:
         raise ValueError(f"trained without labels: --guidance-scale must be 1 here, got {guidance_scale}")
-    if sampler not in SAMPLERS:
-        raise ValueError(f"--sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
     options = {}
     if num_inference_steps is not None:
         if sampler == "ddpm":
@@ -141,8 +149,8 @@ def sampler_of_images(
         ddim_timesteps(trained.diffusion.num_timesteps, num_inference_steps)  # says what is wrong
         options["num_inference_steps"] = num_inference_steps
     if eta is not None:
-        if sampler != "ddim" or not 0 <= eta <= 1:
-            raise ValueError(f"--eta belongs to the sampler ddim and lies in 0 … 1, got {eta} with {sampler}")
+        if sampler != "ddim":
+            raise ValueError(f"--eta belongs to the sampler ddim, got {eta} with {sampler}")
         options["eta"] = eta
 
     def begin(labels: Tensor, first: int) -> tuple[Tensor, Iterator[SampleStep]]:
@@ -183,16 +191,16 @@ def parse_label(text: str | int, class_names: Sequence[str]) -> int:
 # ------------------------------------------------------------------------------------------- writing and reading
 def check_out(out: Path) -> None:
     """ValueError or OSError where ``save_images`` could not write ``out``; better before the drawing than after."""
-    if out.suffix not in ("", *FILE_TYPES) or out.name in FILE_TYPES:
+    ending = out.suffix.lower()
+    if ending not in ("", *FILE_TYPES) or out.name.lower() in FILE_TYPES:
         raise ValueError(f"--out must end in .png, .npz or .gif, or be a folder (no ending), got {out}")
     if not out.parent.is_dir():
         raise FileNotFoundError(f"no such folder: {out.parent}")
-    if not os.access(out.parent, os.W_OK):
-        raise PermissionError(f"nothing can be written to the folder {out.parent}")
-    if out.suffix and out.is_dir():
+    if ending and out.is_dir():
         raise IsADirectoryError(f"{out} is a folder; --out with an ending is a file")
-    if not out.suffix and out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if not ending and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists already; --out without an ending is a new or empty folder for the images")
+    check_writable(out)
 
 
 def save_images(
@@ -204,17 +212,17 @@ def save_images(
         return _save_singles(batches, labels, out, class_names)
     images = torch.cat(list(batches))
     with written_aside(out) as aside:
-        if out.suffix == ".png":
-            _grid(images, columns).save(aside)
+        if out.suffix.lower() == ".png":
+            _grid(images, columns).save(aside, format="PNG")
         else:
-            np.savez_compressed(aside, images=images.numpy(), labels=labels.numpy())
+            with aside.open("wb") as file:  # given a name, numpy would add an ending in small letters
+                np.savez_compressed(file, images=images.numpy(), labels=labels.numpy())
 
 
 def _save_singles(batches: Iterable[Tensor], labels: Tensor, folder: Path, class_names: Sequence[str]) -> None:
     """00000_sneaker.png, 00001_ankle-boot.png, …; without classes 00000.png, …"""
     folder.mkdir(exist_ok=True)
-    digits = max(5, len(str(len(labels) - 1)))
-    endings = ["_" + re.sub(r"\W+", "-", name.lower()).strip("-") for name in class_names] or [""]
+    digits, endings = max(5, len(str(len(labels) - 1))), _endings(class_names) or [""]
     number = 0
     for batch in batches:
         for image in batch:
@@ -223,13 +231,21 @@ def _save_singles(batches: Iterable[Tensor], labels: Tensor, folder: Path, class
             number += 1
 
 
+def _endings(class_names: Sequence[str]) -> list[str]:
+    """What file names say of each class: its name in letters and digits, with its number where that is not enough."""
+    names = [re.sub(r"\W+", "-", name.lower()).strip("-")[:40] for name in class_names]
+    if "" in names or len(set(names)) < len(names):
+        names = [f"{i}-{name}".rstrip("-") for i, name in enumerate(names)]
+    return [f"_{name}" for name in names]
+
+
 def save_chain(frames: Sequence[Tensor], out: Path, columns: int) -> None:
     """Write uint8 batches (N, C, H, W), one a frame, as an animated grid FILE.gif that stays at its last frame."""
     first, *others = [_grid(frame, columns) for frame in frames]
     durations = [80] * len(others) + [3000]  # milliseconds
     with written_aside(out) as aside:
         # optimize: Pillow would give up grey levels of a frame to mark what did not change in it
-        first.save(aside, save_all=True, append_images=others, duration=durations, loop=0, optimize=False)
+        first.save(aside, format="GIF", save_all=True, append_images=others, duration=durations, loop=0, optimize=False)
 
 
 def _grid(images: Tensor, columns: int) -> Image.Image:
@@ -244,11 +260,15 @@ def _picture(image: Tensor) -> Image.Image:
 
 def read_samples(path: Path) -> tuple[Tensor, Tensor]:
     """The images uint8 (N, C, H, W) and labels (N,) of a FILE.npz that ``sample`` wrote."""
-    try:
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, not a FILE.npz")
+    with reading(path, "images and labels as sample writes them"):
+        if not zipfile.is_zipfile(path):
+            raise ValueError("no NPZ file")
         with np.load(path, allow_pickle=False) as file:
+            if missing := {"images", "labels"} - set(file.files):
+                raise ValueError(f"without {' and '.join(sorted(missing))}")
             images, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"])
-    except (zipfile.BadZipFile, zlib.error, EOFError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a FILE.npz with images and labels: {error}") from error
     integers = not (labels.is_floating_point() or labels.is_complex())
     if images.dtype != torch.uint8 or images.ndim != 4 or labels.shape != images.shape[:1] or not integers:
         raise ValueError(

@@ -5,18 +5,20 @@ sample grids and checkpoints, and is what the command line calls. Both run on on
 ``accelerate launch`` or ``torchrun`` starts processes for.
 """
 
+import contextlib
 import csv
 import math
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env, reduce
+from accelerate.utils import broadcast_object_list, parse_flag_from_env, reduce
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
@@ -26,18 +28,21 @@ from tqdm.auto import tqdm
 from .checkpoint import (
     STATE_FILE,
     TrainState,
+    check_run_folder,
     load_state,
+    locked,
     read_training_info,
-    remove_left_behind,
     repair_model,
     save_checkpoint,
+    saved_step,
     written_aside,
 )
 from .data import batch_indices, seeded_generator, to_model_range
-from .diffusion import TARGETS, GaussianDiffusion
+from .diffusion import GaussianDiffusion
 from .guidance import classifier_free, drop_labels
-from .losses import LOSSES, draw_timesteps, target_loss, timestep_probabilities
+from .losses import draw_timesteps, target_loss, timestep_probabilities
 from .sampling import sample_ddim, sample_images
+from .settings import TrainConfig
 from .unet import UNet
 
 __all__ = [
@@ -46,47 +51,14 @@ __all__ = [
 ]  # fmt: skip
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
 PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+LOG_FILE = "log.csv"
+LOG_COLUMNS = ["step", "epoch", "loss", "grad_norm", "lr", "images_per_second"]
 
 
 class WriteError(OSError):
     """A run's folder could not be written to: a full disk, say."""
 
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """What a run depends on. ValueError names an option that is out of range."""
-
-    num_train_steps: int = 20_000
-    batch_size: int = 64  # over all processes together
-    lr: float = 1e-3  # the peak: linear warm-up to it, then a cosine down to 0 at the last step
-    warmup_steps: int = 200
-    optimizer: str = "adamw"
-    weight_decay: float = 0.0
-    grad_clip: float = 1.0  # the largest norm of the gradient
-    ema_decay: float = 0.999  # of the weights that sample; lower in the first steps, min(decay, (1 + n) / (10 + n))
-    target: str = "noise"  # what the loss compares: "noise" (L_simple) or "x_0" with t uniform, "v" with its angle so
-    loss: str = "l2"
-    label_dropout: float = 0.1  # the share of labels replaced by the null label, for classifier-free guidance
-    precision: str = "no"  # float32; "bf16" and "fp16" use autocast
-    compile: bool = False  # torch.compile: minutes before the first step, then faster ones
-    seed: int = 0
-
-    def __post_init__(self):
-        def check(name: str, ok: bool, allowed: str) -> None:
-            if not ok:
-                raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
-
-        for name in ("num_train_steps", "batch_size"):
-            check(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("warmup_steps", "weight_decay", "seed"):
-            check(name, getattr(self, name) >= 0, "at least 0")
-        check("lr", math.isfinite(self.lr) and self.lr > 0, "a positive number")
-        check("grad_clip", self.grad_clip > 0, "positive")
-        check("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
-        check("label_dropout", 0 <= self.label_dropout <= 1, "in [0, 1]")
-        choices = {"target": TARGETS, "loss": LOSSES, "optimizer": OPTIMIZERS, "precision": PRECISIONS}
-        for name, known in choices.items():
-            check(name, getattr(self, name) in known, f"one of {', '.join(known)}")
+    exit_status = 1
 
 
 def processes() -> PartialState:
@@ -262,57 +234,88 @@ def train_to_folder(
     sample_every: int = 1000,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> int:
-    """Run ``train`` to its end in the folder ``out`` and return the last step.
+    """Run ``train`` to its end in the folder ``out`` and return the last step, that of the checkpoint where nothing is
+    left to do.
 
-    Writes log.csv every ``log_every`` steps, a checkpoint every ``checkpoint_every``, a grid of EMA samples under
-    samples/ every ``sample_every`` (0: none), and a last checkpoint at the end, or when ``should_stop()`` is true in
-    any process. ``resume`` continues from the checkpoint in ``out``; without it a folder that holds one is refused.
-    ``info`` is written to training.json beside the configuration. WriteError where the folder cannot be written to.
+    Writes a checkpoint every ``checkpoint_every`` steps, a row of log.csv every ``log_every`` and with each checkpoint
+    (means since the row before, so a resumed run's are those of one never stopped), a grid of EMA samples under
+    samples/ every ``sample_every`` (0: none), and all of them at the end. When ``should_stop()`` is true in any
+    process, it ends with a row and a checkpoint. ``resume`` continues from the checkpoint in ``out``; without it a
+    folder that holds one is refused, and so is one that another run writes to. ``info`` is written to training.json
+    beside the configuration. WriteError where the folder cannot be written to.
     """
-    out = Path(out)
-    if (out / STATE_FILE).exists() and not resume:
-        raise ValueError(f"{out} already holds a checkpoint: continue it with --resume, or choose another folder")
-    main = processes().is_main_process
+    out, main = Path(out), processes().is_main_process
     steps = train(model, diffusion, images, labels, config, resume_from=out if resume else None)
     info = {**(info or {}), "config": asdict(config)}
-    state, losses, began = None, [], time.perf_counter()
-    if main:
+
+    def grid_is_due(step: int) -> bool:
+        return sample_every > 0 and (step % sample_every == 0 or step == config.num_train_steps)
+
+    def prepare() -> None:
+        check_run_folder(out, resume)
         out.mkdir(parents=True, exist_ok=True)
-        remove_left_behind(out)
+        held.enter_context(locked(out))
         if resume:
             repair_model(out)
-    with tqdm(total=config.num_train_steps, unit="step", mininterval=1, disable=not main) as bar:
+        done = saved_step(out) if resume else 0
+        _open_log(out / LOG_FILE, done)
+        grid = _grid_path(out, done)
+        if resume and grid_is_due(done) and not grid.exists():  # the run was stopped there
+            _save_samples(UNet.from_pretrained(out).to(processes().device), diffusion, images.shape[1:], grid)
+
+    with contextlib.ExitStack() as held:
+        in_main_process(prepare)
+        step = saved_step(out) if resume else 0
+        loss_sum, logged, began = 0.0, step, time.perf_counter()
+        bar = held.enter_context(
+            tqdm(initial=step, total=config.num_train_steps, unit="step", mininterval=1, disable=not main)
+        )
         for state in steps:
-            losses.append(state.loss)
-            stopped, step = _in_any_process(should_stop()), state.step
+            step, loss_sum = state.step, loss_sum + state.loss
+            stopped = _in_any_process(should_stop())
             last = stopped or step == config.num_train_steps
+            keep = last or step % checkpoint_every == 0
             try:
-                if main and (last or step % log_every == 0):
-                    loss, seconds = torch.stack(losses).mean().item(), time.perf_counter() - began
+                if main and (keep or step % log_every == 0):
+                    loss, seconds = float(loss_sum) / (step - logged), time.perf_counter() - began
                     row = {
                         "step": step,
                         "epoch": round(step * config.batch_size / len(images), 4),
                         "loss": f"{loss:.6f}",
                         "grad_norm": f"{state.grad_norm.item():.4f}",
                         "lr": f"{state.lr:.3e}",
-                        "images_per_second": round(len(losses) * config.batch_size / seconds, 1),
+                        "images_per_second": round((step - logged) * config.batch_size / seconds, 1),
                     }
-                    _append_row(out / "log.csv", row)
-                    losses, began = [], time.perf_counter()
+                    _append_row(out / LOG_FILE, row)
+                    loss_sum, logged, began = 0.0, step, time.perf_counter()
                     bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-                    bar.update(step - bar.n)
-                if main and (last or step % checkpoint_every == 0):
+                # The grid first: a run that is killed between the two goes on from before, and draws it again.
+                if main and grid_is_due(step) and not stopped:
+                    _save_samples(state.ema.module, diffusion, images.shape[1:], _grid_path(out, step))
+                if main and keep:
                     save_checkpoint(state, diffusion, out, info)
-                if main and sample_every and not stopped and (last or step % sample_every == 0):
-                    _save_samples(state, diffusion, images.shape[1:], out / "samples" / f"step-{step:06d}.png")
             except OSError as error:
+                saved = "What was saved before is whole: make room, then go on with --resume."
                 raise WriteError(
                     f"step {step}: {out} could not be written to ({error}). "
-                    "What was saved before is whole: make room, then go on with --resume."
+                    + (saved if (out / STATE_FILE).exists() else "Nothing was saved before.")
                 ) from error
+            bar.update()
             if last:
                 break
-    return config.num_train_steps if state is None else state.step
+    return step
+
+
+def in_main_process(action: Callable[[], None]) -> None:
+    """Run ``action`` in the main process alone; where it raises ValueError or OSError there, every process does."""
+    failed: list[Exception | None] = [None]
+    if processes().is_main_process:
+        try:
+            action()
+        except (OSError, ValueError) as error:
+            failed = [error]
+    if error := broadcast_object_list(failed)[0]:
+        raise error
 
 
 def _in_any_process(flag: bool) -> bool:
@@ -322,26 +325,38 @@ def _in_any_process(flag: bool) -> bool:
     return bool(reduce(torch.tensor(float(flag), device=processes().device), "sum") > 0)
 
 
+def _open_log(path: Path, done: int) -> None:
+    """Make the log ready for the rows after step ``done``: later rows, and half a row, left by a run that was killed,
+    go. A file that is no log of this program is set aside and told."""
+    text = path.read_bytes() if path.exists() else b""
+    whole = text[: text.rfind(b"\n") + 1]
+    try:
+        rows = list(csv.reader(whole.decode("utf-8").splitlines(), strict=True))
+        keep = [row for row in rows[1:] if int(row[0]) <= done]
+        if rows and (rows[0] != LOG_COLUMNS or any(len(row) != len(LOG_COLUMNS) for row in rows)):
+            raise ValueError("its columns are others")
+    except (ValueError, IndexError, csv.Error) as error:
+        aside = path.with_name(f"{path.name}.damaged")
+        os.replace(path, aside)
+        print(f"{path} is no log of this program ({error}): it is {aside.name} now", file=sys.stderr)
+        keep = []
+    with written_aside(path) as aside, aside.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([LOG_COLUMNS, *keep])
+
+
 def _append_row(path: Path, row: dict) -> None:
-    """Add a row to the log. Rows of this step or later, and half a row, left by a run that was killed, go."""
-    text = path.read_text() if path.exists() else ""
-    whole = text[: text.rfind("\n") + 1]
-    old = list(csv.DictReader(whole.splitlines()))
-    keep = [r for r in old if int(r["step"]) < row["step"]]
-    if old and len(keep) == len(old) and whole == text:
-        with path.open("a", newline="") as file:
-            csv.DictWriter(file, row).writerow(row)
-        return
-    with written_aside(path) as aside, aside.open("w", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        writer.writeheader()
-        writer.writerows([*keep, row])
+    with path.open("a", newline="", encoding="utf-8") as file:
+        csv.DictWriter(file, LOG_COLUMNS).writerow(row)
 
 
-def _save_samples(state: TrainState, diffusion: GaussianDiffusion, image_shape: Sequence[int], path: Path) -> None:
+def _grid_path(out: Path, step: int) -> Path:
+    return out / "samples" / f"step-{step:06d}.png"
+
+
+def _save_samples(model: UNet, diffusion: GaussianDiffusion, image_shape: Sequence[int], path: Path) -> None:
     """Eight samples of each class, at most ten (or 80 without classes), by 20 DDIM steps from one fixed noise."""
-    model, count = state.ema.module, 80
-    device = diffusion.betas.device
+    device, count = next(model.parameters()).device, 80
+    diffusion.to(device)
     if model.num_classes is not None:
         labels = torch.arange(min(model.num_classes, 10), device=device).repeat(8)
         model, count = classifier_free(model, labels), len(labels)
