@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from .diffusion import GaussianDiffusion
 from .pretrained import reading
-from .settings import check_info
+from .settings import check_info, number, whole
 from .unet import UNet
 
 STATE_FILE = "state.safetensors"  # everything that resuming needs, in one file, replaced in one move
@@ -93,9 +93,7 @@ def load_state(
     """Load what ``save_checkpoint`` wrote into the four, and return its step. ValueError for a file that is damaged
     or belongs to another network."""
     with _reading_state(folder) as file:
-        metadata = file.metadata()
-        step, averaged = int(metadata["step"]), int(metadata["averaged"])
-        scale = json.loads(metadata.get("scaler", "{}"))
+        step, averaged, scale = _counters(file)
         # Copies: where a part of the file stayed mapped into memory, Windows would let nobody replace it.
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
         for name, value in tensors.items():
@@ -130,14 +128,14 @@ def load_state(
 def saved_step(folder: str | Path) -> int:
     """The step that a run in ``folder`` would go on from."""
     with _reading_state(folder) as file:
-        return int(file.metadata()["step"])
+        return _counters(file)[0]
 
 
 def repair_model(folder: str | Path) -> None:
     """Where a crash left a newer model.safetensors beside an older state, write it again from the state."""
     folder, info = Path(folder), read_training_info(folder)
     with _reading_state(folder) as file:
-        step = int(file.metadata()["step"])
+        step = _counters(file)[0]
         if info.get("step") == step:
             return
         ema = {name.removeprefix("ema."): file.get_tensor(name) for name in file.keys() if name.startswith("ema.")}
@@ -229,3 +227,15 @@ def _reading_state(folder: str | Path):
         raise FileNotFoundError(f"nothing to resume: {path} does not exist")
     with reading(path, "checkpoint of this network"), safe_open(path, framework="pt") as file:
         yield file
+
+
+def _counters(file) -> tuple[int, int, dict[str, float]]:
+    """Beside its tensors the state holds the step, how many weights were averaged, and the scale of the loss."""
+    metadata = file.metadata() or {}
+    step, averaged = int(metadata["step"]), int(metadata["averaged"])
+    scale = json.loads(metadata.get("scaler", "{}"))
+    for name, value in {"step": step, "averaged": averaged}.items():
+        whole(0).check(name, value)
+    for name, value in scale.items():
+        number("of at least 0", lambda value: value >= 0).check(name, value)
+    return step, averaged, scale

@@ -18,7 +18,11 @@ def reading(path: str | Path, expected: str) -> Iterator[None]:
     except (OSError, FloatingPointError):
         raise
     except Exception as error:  # a damaged file finds its own way to fail
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split())
+        if reason.startswith(str(path)):
+            raise
+        if not reason or isinstance(error, LookupError):
+            reason = f"{type(error).__name__} {reason}"
         raise ValueError(f"{path} is damaged or holds no {expected}: {reason:.300}") from error
 
 
