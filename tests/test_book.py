@@ -74,6 +74,13 @@ def test_outputs_are_committed_and_free_of_errors(notebook):
         assert not re.search(r"/(home|root|tmp|work|Users)/\w", text), "a machine's path in an output"
 
 
+def test_a_cell_whose_text_is_not_compared_asserts_what_is_said_of_it(notebook):
+    """nbval does not look at a tagged cell. Quizzes and films may be: they carry an identifier made by chance."""
+    for cell in code_cells(notebook):
+        if "nbval-ignore-output" in cell.metadata.get("tags", []):
+            assert re.search(r"^show_quiz\(|^play\(", cell.source, re.M) or "assert " in cell.source, cell.source
+
+
 def test_text_is_plain_markdown(notebook):
     for text in markdown(notebook):
         assert not re.search(r"^(:::|```\{)|\{(ref|eq|cite|doc|numref|math)\}`", text, re.M), text[:200]

@@ -1,9 +1,10 @@
 """Run the project's checks and say in a few lines how they went: python tools/check.py STAGE...
 
-Stages run to the end even when one fails; the exit status is 0 only if all passed. ``book`` builds the site from
-scratch, runs every notebook in it, and takes each warning as an error. ``pages`` builds it from the committed outputs,
-which ``notebooks`` compares with fresh ones; ``site`` looks at what either has built. Tests and notebooks share the
-processor's cores: one process a core, one thread each.
+Stages run to the end even when one fails; the exit status is 0 only if all passed. ``book`` runs every notebook, builds
+the site of them from scratch, and takes each warning as an error. ``pages`` builds it from the committed outputs, which
+``notebooks`` compares with fresh ones; ``site`` looks at what either has built. Tests and notebooks share the
+processor's cores: one process a core, one thread each. ``portable`` is ``notebooks`` on other machines, as far as one
+machine can play them: other instruction sets, numbers of threads, and roundings.
 """
 
 import os
@@ -15,50 +16,92 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SITE = ROOT / "_build" / "html" / "index.html"
-BIN = Path(sys.executable).parent
+BUILD, SITE = ROOT / "_build", ROOT / "_build" / "html" / "index.html"
+BIN, PYTHON = Path(sys.executable).parent, sys.executable
+CORES = os.cpu_count() or 1
 # Nothing here needs the hub, and a look at it should fail at once; the other silences a warning of the debugger.
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
 NOTEBOOKS = sorted(map(str, (ROOT / "book").glob("*.ipynb")))
-PYTEST = [sys.executable, "-m", "pytest", "-q", "--color=no", "-n", str(min(os.cpu_count() or 1, 8)), "--dist"]
-BUILD = [str(BIN / "jupyter-book"), "build", ".", "-W", "-n", "--keep-going", "--all", "--quiet"]
-NO_RUN = ROOT / "_build" / "_config.yml"  # _config.yml, but for the execution of the notebooks
+CACHE = BUILD / ".jupyter_cache"  # where Jupyter Book looks for outputs
+
+
+def pytest(distribution: str, *arguments: str, workers: int = min(CORES, 8)) -> list[str]:
+    workers = ["-n", str(workers), "--dist", distribution]
+    return [PYTHON, "-m", "pytest", "-q", "--color=no", *workers, *arguments]
+
+
+def nbval(workers: int = min(CORES, 8)) -> list[str]:
+    return pytest("loadfile", "--nbval", "--nbval-cell-timeout=600", *NOTEBOOKS, workers=workers)
+
+
+def jupyter_book(execution: str) -> list[str]:
+    """The command that builds the site; "cache" takes the outputs out of CACHE, "off" the committed ones."""
+    config = BUILD / f"_config-{execution}.yml"
+    text = (ROOT / "_config.yml").read_text(encoding="utf-8")
+    config.write_text(text.replace("execute_notebooks: force", f'execute_notebooks: "{execution}"'), encoding="utf-8")
+    options = ["-W", "-n", "--keep-going", "--all", "--quiet", "--config", str(config)]
+    return [str(BIN / "jupyter-book"), "build", str(ROOT), *options]
+
+
 STAGES = {
-    "lint": ("ruff: code and notebooks", [str(BIN / "ruff"), "check", "--quiet", "."]),
-    "tests": ("pytest: the package", [*PYTEST, "worksteal", "tests", "--ignore=tests/test_site.py"]),
-    "book": ("jupyter-book: run the chapters, build the site, warnings are errors", BUILD),
-    "pages": (
-        "jupyter-book: build the site of the committed outputs, warnings are errors",
-        [*BUILD, "--config", str(NO_RUN)],
-    ),
-    "notebooks": (
-        "nbval: committed outputs equal fresh ones",
-        [*PYTEST, "loadfile", "--nbval", "--nbval-cell-timeout=300", *NOTEBOOKS],
-    ),
-    "site": ("the built site, in a browser (Chromium)", [*PYTEST, "worksteal", "-rs", "tests/test_site.py"]),
+    "lint": "ruff: code and notebooks",
+    "tests": "pytest: the package",
+    "book": "the chapters run, the site built of them, warnings are errors",
+    "pages": "the site of the committed outputs, warnings are errors",
+    "notebooks": "nbval: committed outputs equal fresh ones",
+    "site": "the built site, in a browser (Chromium)",
+    "portable": "nbval on machines that compute otherwise",
+}
+# Each instruction set with one thread and with two; MKL_CBWR is of matrix products. The last one is of no real machine:
+# it rounds every layer's result up or down by chance, which is more than any two processors differ by.
+INSTRUCTION_SETS = {
+    "this machine's": {},
+    "AVX2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+    "SSE4.1": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_CBWR": "COMPATIBLE"},
+    "other rounding": {"IPYTHONDIR": str(ROOT / "tools" / "rounding")},
 }
 
 
-def run(stage: str) -> tuple[bool, float, str]:
-    """Run one stage; returns whether it passed, its seconds, and the runner's own closing line, if it has one."""
-    title, command = STAGES[stage]
-    print(f"\n=== {stage}: {title}", flush=True)
-    if stage in ("book", "pages"):
-        shutil.rmtree(ROOT / "_build", ignore_errors=True)
-        config = (ROOT / "_config.yml").read_text()
-        NO_RUN.parent.mkdir()
-        NO_RUN.write_text(config.replace("execute_notebooks: force", 'execute_notebooks: "off"'))
-    environment = ENVIRONMENT | ({"OMP_NUM_THREADS": "1"} if "pytest" in command else {})
-    began = time.perf_counter()
+def commands(stage: str) -> list[tuple[str, dict[str, str], list[str]]]:
+    """What a stage runs, one after the other: a name ("" for the stage's own), variables, a command."""
+    one_thread = {"OMP_NUM_THREADS": "1"}
+    match stage:
+        case "lint":
+            return [("", {}, [str(BIN / "ruff"), "check", "--quiet", str(ROOT)])]
+        case "tests":
+            return [("", one_thread, pytest("worksteal", "tests", "--ignore=tests/test_site.py"))]
+        case "notebooks":
+            return [("", one_thread, nbval())]
+        case "site":
+            return [("", {}, pytest("worksteal", "-rs", "tests/test_site.py"))]
+        case "portable":
+            return [
+                (f"{name}, {threads} thread{'s' * (threads > 1)}", variables | {"OMP_NUM_THREADS": str(threads)},
+                 nbval(max(1, CORES // threads)))
+                for name, variables in INSTRUCTION_SETS.items()
+                for threads in ((1, 2) if name != "other rounding" else (1,))
+            ]  # fmt: skip
+        case "book" | "pages":
+            shutil.rmtree(BUILD, ignore_errors=True)
+            BUILD.mkdir()
+            if stage == "pages":
+                return [("", {}, jupyter_book("off"))]
+            run = [PYTHON, str(ROOT / "tools" / "run_notebooks.py"), "--cache", str(CACHE)]
+            return [("", {}, run), ("", {}, jupyter_book("cache"))]
+
+
+def run(command: list[str], variables: dict[str, str]) -> tuple[bool, str]:
+    """Run one command; returns whether it passed, and the runner's own closing line, if it has one."""
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+        command, cwd=ROOT, env=ENVIRONMENT | variables, text=True, encoding="utf-8", errors="replace",
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
     closing = ""
     for line in process.stdout:
         print(line, end="", flush=True)
         if re.search(r"\d+ (passed|failed|error)", line):
             closing = line.strip(" =\n")
-    return process.wait() == 0, time.perf_counter() - began, closing
+    return process.wait() == 0, closing
 
 
 def main() -> int:
@@ -66,10 +109,22 @@ def main() -> int:
     if not stages or any(stage not in STAGES for stage in stages):
         print(f"usage: check.py STAGE..., of {', '.join(STAGES)}; got {stages}", file=sys.stderr)
         return 2
-    results = {stage: run(stage) for stage in stages}
+    results: dict[str, tuple[bool, float, str]] = {}
+    for stage in stages:
+        print(f"\n=== {stage}: {STAGES[stage]}", flush=True)
+        for name, variables, command in commands(stage):
+            if name:
+                print(f"--- {name}", flush=True)
+            began = time.perf_counter()
+            passed, closing = run(command, variables)
+            title = f"{stage}: {name}" if name else stage
+            before, seconds, _ = results.get(title, (True, 0.0, ""))
+            results[title] = before and passed, seconds + time.perf_counter() - began, closing
+            if not passed and stage == "book":
+                break  # without all outputs there is nothing to build
     print("\nsummary")
-    for stage, (passed, seconds, closing) in results.items():
-        print(f"  {'ok    ' if passed else 'FAILED'}  {stage:10s} {seconds:5.0f} s  {closing}")
+    for title, (passed, seconds, closing) in results.items():
+        print(f"  {'ok    ' if passed else 'FAILED'}  {title:36s} {seconds:5.0f} s  {closing}")
     failed = sum(not passed for passed, _, _ in results.values())
     print(f"stages: {len(results) - failed} passed, {failed} failed")
     if any(results.get(stage, [False])[0] for stage in ("book", "pages")):
