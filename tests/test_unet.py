@@ -344,7 +344,7 @@ def test_output_depends_on_time_label_and_every_pixel():
     model = randomised(UNet(channels=8, num_classes=3))
     x_t, t = inputs(model)
     out, labels = model(x_t, t), torch.tensor([0, 1, 2])
-    assert (model(x_t, t + 1) - out).abs().amax((1, 2, 3)).min() > 1e-3
+    assert (model(x_t, t % 1000 + 1) - out).abs().amax((1, 2, 3)).min() > 1e-3
     assert (model(x_t, t, labels) - out).abs().amax((1, 2, 3)).min() > 1e-3
     assert torch.equal(model(x_t, t, torch.full((3,), 3)), out)  # without labels, the null label
     x = x_t.clone().requires_grad_()
@@ -451,7 +451,7 @@ def test_labels_without_classes_are_refused():
         UNet(channels=8)(torch.zeros(2, 1, 8, 8), torch.tensor([1, 2]), torch.tensor([0, 1]))
 
 
-@pytest.mark.parametrize("options", [{"channels": 12}, {"channels": 8, "num_heads": 8}, {"channel_mults": (1, 0.3)}])
+@pytest.mark.parametrize("options", [{"channels": 12}, {"channels": 8, "num_heads": 8}, {"channels": 6, "channel_mults": (4, 5)}])
 def test_width_that_does_not_split_into_heads_is_refused(options):
     with pytest.raises(ValueError, match="divisible by 2 · num_heads"):
         UNet(**options)
