@@ -451,7 +451,9 @@ def test_labels_without_classes_are_refused():
         UNet(channels=8)(torch.zeros(2, 1, 8, 8), torch.tensor([1, 2]), torch.tensor([0, 1]))
 
 
-@pytest.mark.parametrize("options", [{"channels": 12}, {"channels": 8, "num_heads": 8}, {"channels": 6, "channel_mults": (4, 5)}])
+@pytest.mark.parametrize(
+    "options", [{"channels": 12}, {"channels": 8, "num_heads": 8}, {"channels": 6, "channel_mults": (4, 5)}]
+)
 def test_width_that_does_not_split_into_heads_is_refused(options):
     with pytest.raises(ValueError, match="divisible by 2 · num_heads"):
         UNet(**options)
