@@ -36,10 +36,19 @@ class OnDevice(Tensor):
 
 class PretendMPS(TorchDispatchMode):
     """With this, ``torch.zeros(2, device=DEVICE)`` and ``x.to(DEVICE)`` work. Errors are those of the real one: float64
-    on the device is a TypeError, and an operation on tensors of both devices a RuntimeError."""
+    on the device is a TypeError, and an operation on tensors of both devices a RuntimeError. ``waits`` has the
+    operations for which a host would wait: reading a value, and copying between the two."""
+
+    def __init__(self):
+        super().__init__()
+        self.waits: list[str] = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        return run(function, args, kwargs or {})
+        out = run(function, args, kwargs or {})
+        first = args[0] if args else None
+        if isinstance(first, OnDevice) != isinstance(out, OnDevice) and isinstance(first, Tensor) and out is not None:
+            self.waits.append(function._schema.name)
+        return out
 
 
 def run(function, args, kwargs):

@@ -106,6 +106,8 @@ def test_known_pixels_follow_the_forward_process_of_the_input(eta, diffusion):
 
 
 def test_mask_must_be_boolean(diffusion):
+    with pytest.raises(ValueError, match="known must be floats, got torch.uint8"):
+        keep_known(lambda x, t: x, GaussianDiffusion.from_schedule(), torch.zeros(1, 2).byte(), torch.ones(1, 2).bool())
     with pytest.raises(ValueError, match="mask must be boolean.*got torch.float32"):
         keep_known(lambda x, t: x, diffusion, torch.zeros(2), torch.ones(2))
 
