@@ -19,7 +19,7 @@ from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from .data import batch_indices, seeded_generator, to_model_range
-from .diffusion import SHIPPED_WEIGHTS, GaussianDiffusion
+from .diffusion import SHIPPED_WEIGHTS, GaussianDiffusion, check_counts
 from .pretrained import Pretrained
 
 
@@ -32,6 +32,7 @@ class Classifier(nn.Module, Pretrained, PyTorchModelHubMixin, library_name="ddpm
 
     def __init__(self, in_channels: int = 1, num_classes: int = 10, num_features: int = 96):
         super().__init__()
+        check_counts(in_channels=in_channels, num_classes=num_classes, num_features=num_features)
         self.in_channels, self.num_classes, self.num_features = in_channels, num_classes, num_features
 
         def conv(inputs: int, outputs: int) -> list[nn.Module]:
@@ -136,6 +137,8 @@ class Seen(NamedTuple):
 def look(images: Tensor, judge: Classifier | InceptionV3 | None = None, batch_size: int = 500) -> Seen:
     """Features and logits of uint8 images (N, C, H, W), by the shipped classifier unless another judge is given."""
     judge = Classifier.from_pretrained() if judge is None else judge
+    if getattr(judge, "training", False):  # dropout and batch statistics would see other things
+        raise ValueError("the judge is in training mode: call its eval() first")
     parts = [[seen.cpu() for seen in judge.judge(batch)] for batch in images.split(batch_size)]
     return Seen(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
@@ -154,8 +157,8 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
     """
     _check_features(real, generated, least=real.shape[1] + 1)
     metric = FrechetInceptionDistance(feature=_Given(real.shape[1]))
-    metric.update(real.double(), real=True)
-    metric.update(generated.double(), real=False)
+    metric.update(real.cpu().double(), real=True)  # Apple's GPUs have no float64
+    metric.update(generated.cpu().double(), real=False)
     return metric.compute().item()
 
 
@@ -167,8 +170,8 @@ def kernel_distance(real: Tensor, generated: Tensor, num_subsets: int = 20, seed
     size = min(1000, len(real), len(generated))
     with _seeded_and_quiet(seed):
         metric = KernelInceptionDistance(feature=_Given(real.shape[1]), subsets=num_subsets, subset_size=size)
-        metric.update(real, real=True)
-        metric.update(generated, real=False)
+        metric.update(real.cpu(), real=True)
+        metric.update(generated.cpu(), real=False)
         mean, deviation = metric.compute()
     return mean.item(), deviation.item()
 
@@ -178,7 +181,7 @@ def inception_score(logits: Tensor) -> float:
     the same) to K (each image certain, the classes equally frequent). One split: all images together."""
     with _seeded_and_quiet(0):  # it shuffles, which matters for several splits only
         metric = InceptionScore(feature=_Given(logits.shape[1]), splits=1)
-        metric.update(logits.double())
+        metric.update(logits.cpu().double())
         return metric.compute()[0].item()
 
 
@@ -193,14 +196,14 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[float
     def inside(points: Tensor, centres: Tensor) -> float:
         radii = torch.cat([torch.cdist(part, centres).kthvalue(k + 1).values for part in centres.split(1000)])
         within = [(torch.cdist(part, centres) <= radii).any(1) for part in points.split(1000)]
-        return torch.cat(within).double().mean().item()
+        return torch.cat(within).cpu().double().mean().item()
 
     return inside(generated, real), inside(real, generated)
 
 
 def label_agreement(logits: Tensor, labels: Tensor) -> float:
     """The share of images that the classifier gives the label they were made for. logits (N, K), labels (N,)."""
-    return (logits.argmax(1) == labels).double().mean().item()
+    return (logits.argmax(1).cpu() == labels.cpu()).double().mean().item()
 
 
 def sample_figures(seen: Seen, labels: Tensor | None, reference: Seen, seed: int = 0) -> dict[str, float]:
