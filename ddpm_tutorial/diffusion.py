@@ -164,7 +164,8 @@ class GaussianDiffusion(nn.Module):
                     f"t must be an int, or integers of shape ({like.shape[0]},) for a batch of {like.shape[0]}; "
                     f"got {t.dtype} of shape {tuple(t.shape)}"
                 )
-            low, high = (t.min().item(), t.max().item()) if len(t) else (first, first)
+            seen = t.device.type == "cpu" and len(t) and not torch.compiler.is_compiling()  # a GPU would be waited for
+            low, high = (t.min().item(), t.max().item()) if seen else (first, first)
         if low < first or high > self.num_timesteps:
             raise ValueError(f"t must lie in {first} … {self.num_timesteps}, got values from {low} to {high}")
         if isinstance(t, int):
