@@ -238,6 +238,7 @@ def training_batches(
     """
     device, rank, world = images.device, processes().process_index, processes().num_processes
     probabilities = timestep_probabilities(diffusion, config.target)
+    labels = None if labels is None else labels.cpu()
     batches = batch_indices(len(images), config.batch_size, config.seed, first_step=done)
     for step, index in zip(range(done + 1, config.num_train_steps + 1), batches, strict=False):
         on_cpu = seeded_generator(config.seed, step, 0)
@@ -293,10 +294,11 @@ def _compiled(model: UNet, autocast: torch.autocast, images: Tensor, layout: tor
     it is called, so it is tried here, forwards and backwards, on a batch like ``images``."""
     t = torch.ones(len(images), dtype=torch.long, device=processes().device)
     x_t = torch.zeros(images.shape, device=t.device).contiguous(memory_format=layout)
+    y = None if model.num_classes is None else torch.zeros_like(t)
     try:
         network = torch.compile(model)
         with autocast:
-            pred_noise = network(x_t, t, None if model.num_classes is None else t)
+            pred_noise = network(x_t, t, y)
         pred_noise.sum().backward()
     except RuntimeError as error:
         warnings.warn(f"torch.compile is not available here, so the U-Net runs as it is: {error}", stacklevel=3)
