@@ -12,8 +12,7 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
-from torch.optim.swa_utils import AveragedModel
+from torch import Tensor, nn
 
 from .diffusion import GaussianDiffusion
 from .pretrained import reading
@@ -28,8 +27,9 @@ MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # what Adam and AdamW keep of each 
 
 
 class TrainState(NamedTuple):
-    """Yielded after every training step. ``loss`` and ``grad_norm`` are scalars still on the device (reading one
-    waits for it); ``model`` has the raw weights, ``ema`` the averaged ones (``ema.module`` is the U-Net that samples).
+    """Yielded after every training step. ``loss``, ``grad_norm`` and ``bad_step`` are scalars still on the device
+    (reading one waits for it); ``model`` has the raw weights, ``ema`` the averaged ones (``ema.module`` is the U-Net
+    that samples).
     """
 
     step: int
@@ -37,19 +37,29 @@ class TrainState(NamedTuple):
     grad_norm: Tensor
     lr: float
     model: UNet
-    ema: AveragedModel
+    ema: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # of the loss, in fp16; disabled otherwise
+    bad_step: Tensor  # the first step whose loss or gradient was not finite; 0: all were
+
+    def check(self) -> None:
+        """FloatingPointError names the first step that was not finite, if there is one. Waits for the device."""
+        if step := self.bad_step.item():
+            raise FloatingPointError(
+                f"step {step}: the loss or its gradient is not finite, and the weights were left as they were. "
+                "Start again with a lower --lr, more --warmup-steps, or --precision no."
+            )
 
 
 def save_checkpoint(state: TrainState, diffusion: GaussianDiffusion, folder: str | Path, info: dict) -> None:
     """Write ``folder``: model.safetensors (EMA weights) and config.json, diffusion.safetensors, training.json
-    (``info``), and the state to resume from. OSError where that fails, FloatingPointError where a value is not
-    finite; the checkpoint before then stays.
+    (``info``), and the state to resume from. OSError where that fails, FloatingPointError where a step or a value was
+    not finite; the checkpoint before then stays.
 
     All files are written aside, then moved into place: training.json first and the state last, so that a crash
     between two moves shows (their steps differ) and ``repair_model`` can mend it.
     """
+    state.check()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"model.{name}": value for name, value in state.model.state_dict().items()}
@@ -62,7 +72,7 @@ def save_checkpoint(state: TrainState, diffusion: GaussianDiffusion, folder: str
             raise FloatingPointError(f"step {state.step}: {name} is not finite, so no checkpoint of it was written")
     metadata = {
         "step": str(state.step),
-        "averaged": str(int(state.ema.n_averaged)),
+        "averaged": str(state.ema.n_averaged),
         "scaler": json.dumps(state.scaler.state_dict()),
     }
     aside = folder / f"{ASIDE}checkpoint"
@@ -86,7 +96,7 @@ def save_checkpoint(state: TrainState, diffusion: GaussianDiffusion, folder: str
 def load_state(
     folder: str | Path,
     model: UNet,
-    ema: AveragedModel,
+    ema: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
 ) -> int:
@@ -121,7 +131,7 @@ def load_state(
         optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
         if scale and scaler.is_enabled():
             scaler.load_state_dict(scale)
-    ema.n_averaged.fill_(averaged)
+    ema.n_averaged = averaged
     return step
 
 

@@ -287,12 +287,17 @@ def batch_indices(num_images: int, batch_size: int, seed: int, first_step: int =
         raise ValueError(f"batch_size must lie in 1 … {num_images} (the number of images), got {batch_size}")
     epoch, start = divmod(first_step, num_images // batch_size)
     while True:
-        order = torch.randperm(num_images, generator=seeded_generator(seed, epoch))
+        order = torch.randperm(num_images, generator=seeded_generator(seed, 0, epoch))  # no step has number 0
         yield from order[: num_images // batch_size * batch_size].view(-1, batch_size)[start:]
         epoch, start = epoch + 1, 0
 
 
-def seeded_generator(*seeds: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator seeded by several integers (a run's seed and a step, say), mixed so that neighbours differ."""
-    mixed = np.random.SeedSequence(seeds).generate_state(1)[0]
+def seeded_generator(seed: int, *parts: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator for one part of the randomness of a run: ``seeded_generator(seed, step)``, say. Each ``seed`` in
+    0 … 2**128 − 1 with each tuple of parts in 0 … 2**32 − 1 has a stream of its own, by 64 bits of NumPy's
+    ``SeedSequence`` (of which a generator on the CPU keeps 32); ValueError for others."""
+    for name, value, bits in [("seed", seed, 128), *(("part of a seed", part, 32) for part in parts)]:
+        if not isinstance(value, int | np.integer) or not 0 <= value < 2**bits:
+            raise ValueError(f"a {name} must be an integer in 0 … 2**{bits} − 1, got {value!r}")
+    mixed = np.random.SeedSequence(seed, spawn_key=parts).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(mixed))

@@ -183,7 +183,7 @@ class GaussianDiffusion(nn.Module):
         checked on a GPU: the host would wait for it.
         """
         if isinstance(t, Tensor) and t.shape == like.shape[:1] and holds_integers(t):
-            seen = t.device.type == "cpu" and len(t) > 0
+            seen = t.device.type == "cpu" and len(t) > 0 and not torch.compiler.is_compiling()
             low, high = (t.min().item(), t.max().item()) if seen else (first, first)
         elif isinstance(t, int) and not isinstance(t, bool):
             low = high = t

@@ -6,6 +6,7 @@ sample grids and checkpoints, and is what the command line calls. Both run on on
 """
 
 import contextlib
+import copy
 import csv
 import math
 import os
@@ -19,9 +20,8 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env, reduce
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
 from torchvision.utils import save_image
 from tqdm.auto import tqdm
 
@@ -46,8 +46,8 @@ from .settings import TrainConfig
 from .unet import UNet
 
 __all__ = [
-    "STATE_FILE", "TrainConfig", "TrainState", "WriteError", "learning_rate", "make_ema", "processes",
-    "read_training_info", "save_checkpoint", "train", "train_steps", "train_to_folder",
+    "STATE_FILE", "EMA", "TrainConfig", "TrainState", "WriteError", "learning_rate", "processes",
+    "read_training_info", "save_checkpoint", "train", "train_steps", "train_to_folder", "training_batches",
 ]  # fmt: skip
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
 PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -76,17 +76,22 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.lr * warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, after)))
 
 
-def make_ema(model: UNet, decay: float) -> AveragedModel:
-    """An exponential moving average of the weights; early on its decay is (1 + n) / (10 + n) at update n, else the
-    average would stay near the random start for 1 / (1 − decay) steps."""
+class EMA(nn.Module):
+    """An exponential moving average of a network's weights; ``module`` is the averaged network. The first update
+    copies; update n + 1 decays the average by min(decay, (1 + n) / (10 + n)), else it would stay near the random start
+    for 1 / (1 − decay) steps."""
+
+    def __init__(self, model: nn.Module, decay: float):
+        super().__init__()
+        self.module = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay, self.n_averaged = decay, 0  # counted by the CPU, which would have to wait for a count on a GPU
 
     @torch.no_grad()
-    def update(averaged, current, num_averaged):
-        n = int(num_averaged)
-        torch._foreach_lerp_(list(averaged), list(current), 1 - min(decay, (1 + n) / (10 + n)))
-
-    ema = AveragedModel(model, multi_avg_fn=update)
-    return ema.eval().requires_grad_(False)
+    def update_parameters(self, model: nn.Module) -> None:
+        n = self.n_averaged
+        decay = min(self.decay, (1 + n) / (10 + n)) if n else 0.0
+        torch._foreach_lerp_(list(self.module.parameters()), list(model.parameters()), 1 - decay)
+        self.n_averaged += 1
 
 
 # ---------------------------------------------------------------------------------------------- the loop
@@ -102,7 +107,9 @@ def train(
 
     Checks what it is given, then runs ``train_steps``. All randomness of a step comes from (seed, step), so a run
     resumed from the checkpoint folder ``resume_from`` gives the same weights as one never stopped, and one in several
-    processes the same as in one, within rounding. A loss that is not finite raises FloatingPointError.
+    processes the same as in one, within rounding. A step whose loss or gradient is not finite is left out, and raises
+    FloatingPointError: at once on the CPU, elsewhere by ``TrainState.check`` (``save_checkpoint`` calls it) or at the
+    end.
     """
     check_made_for(model, diffusion, config.target)
     world, device = processes().num_processes, processes().device
@@ -143,62 +150,108 @@ def train_steps(
     config: TrainConfig,
     resume_from: str | Path | None,
 ) -> Iterator[TrainState]:
-    """The loop of ``train``. Images, network and noise live on the device; only t and indices come from the CPU."""
-    device, rank, world = processes().device, processes().process_index, processes().num_processes
-    tuned = device.type in ("cuda", "cpu")  # channels-last and fused Adam: faster on both, unsafe on MPS
-    layout = torch.channels_last if tuned else torch.contiguous_format
+    """The loop of ``train``. On a GPU the CPU queues the work of one step after another; no line waits for a result."""
+    device, world = processes().device, processes().num_processes
+    layout, fused = _fastest(device)
     model.to(device, memory_format=layout).train()
     diffusion.to(device)
-    images, labels = images.to(device), None if labels is None else labels.to(device)
     make_optimizer = OPTIMIZERS[config.optimizer]
-    optimizer = make_optimizer(
-        model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True if tuned else None
-    )
-    ema = make_ema(model, config.ema_decay)
+    optimizer = make_optimizer(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=fused)
+    ema = EMA(model, config.ema_decay)
     autocast = _autocast(device, config.precision)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     done = 0 if resume_from is None else load_state(resume_from, model, ema, optimizer, scaler)
-    network = _compiled(model) if config.compile else model
+    batches = training_batches(images.to(device), labels, model.num_classes, diffusion, config, done)
+    network = _compiled(model, autocast, images[: config.batch_size // world], layout) if config.compile else model
     if world > 1:
-        network = DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
+        places = [device] if device.type == "cuda" else None
+        network = DistributedDataParallel(network, device_ids=places, broadcast_buffers=False)  # they are constants
+    bad_step = torch.zeros((), dtype=torch.long, device=device)  # the first that was not finite; 0: none
 
-    probabilities = timestep_probabilities(diffusion, config.target)
-    batches = batch_indices(len(images), config.batch_size, config.seed, first_step=done)
-    mine = slice(rank * config.batch_size // world, (rank + 1) * config.batch_size // world)
-    for step in range(done + 1, config.num_train_steps + 1):
-        # Every process draws the whole batch and takes its share: the same run for any number of processes.
-        on_cpu = seeded_generator(config.seed, step, 0)
-        on_device = seeded_generator(config.seed, step, 1, device=device)
-        index = next(batches)
-        t = draw_timesteps(probabilities, config.batch_size, on_cpu)[mine]
-        noise = torch.randn(config.batch_size, *images.shape[1:], generator=on_device, device=device)[mine]
-        x_0 = to_model_range(images[index[mine].to(device)])
-        y = None
-        if labels is not None:
-            dropped = drop_labels(labels[index.to(device)], config.label_dropout, model.num_classes, on_cpu)
-            y = dropped[mine]
-
+    for step, x_0, t, noise, y in batches:
         x_t = diffusion.q_sample(x_0, t, noise).contiguous(memory_format=layout)
         with autocast:
-            pred_noise = network(x_t, t.to(device), y)
+            pred_noise = network(x_t, t, y)
         loss = target_loss(pred_noise.float(), noise, t, diffusion, config.target, config.loss)
-        for group in optimizer.param_groups:
-            group["lr"] = lr = learning_rate(step, config)
+
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         loss = reduce(loss.detach(), "mean")  # over the processes
-        # In fp16 a gradient may overflow now and then: the scaler leaves that step out and lowers its scale.
-        if not (loss.isfinite() if scaler.is_enabled() else loss.isfinite() & grad_norm.isfinite()):
-            raise FloatingPointError(
-                f"step {step}: the loss is {loss.item()}, the gradient's norm {grad_norm.item()}; the weights were "
-                "left as they were. Start again with a lower --lr, more --warmup-steps, or --precision no."
-            )
-        scaler.step(optimizer)
+        finite = (loss + grad_norm).isfinite()
+        for group in optimizer.param_groups:
+            group["lr"] = lr = learning_rate(step, config)
+        _step_if(finite, optimizer)
         scaler.update()
+
+        # In fp16 a gradient may overflow now and then: then the scale is lowered, and the run goes on.
+        bad = ~(loss.isfinite() if scaler.is_enabled() else finite)
+        bad_step.masked_fill_(bad & (bad_step == 0), step)
+        state = TrainState(step, loss, grad_norm, lr, model, ema, optimizer, scaler, bad_step)
+        if device.type == "cpu" or step == config.num_train_steps:
+            state.check()  # on a GPU this waits, so there the caller does it when it reads the loss
         ema.update_parameters(model)
-        yield TrainState(step, loss, grad_norm, lr, model, ema, optimizer, scaler)
+        yield state
+
+
+def training_batches(
+    images: Tensor,
+    labels: Tensor | None,
+    null_label: int | None,
+    diffusion: GaussianDiffusion,
+    config: TrainConfig,
+    done: int,
+) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor | None]]:
+    """Lines 2 to 4 of algorithm 1: (step, x_0, t, noise, labels) of each step after the first ``done``, where the
+    uint8 ``images`` are. Some labels are dropped, for classifier-free guidance.
+
+    Each of several processes draws the whole batch and takes its share: the same run for any number of them. Theirs are
+    every second item, or third: t rises through the batch, and each process is to have small ones and large ones.
+    """
+    device, rank, world = images.device, processes().process_index, processes().num_processes
+    probabilities = timestep_probabilities(diffusion, config.target)
+    labels = None if labels is None else labels.cpu()
+    batches = batch_indices(len(images), config.batch_size, config.seed, first_step=done)
+    for step, index in zip(range(done + 1, config.num_train_steps + 1), batches, strict=False):
+        on_cpu = seeded_generator(config.seed, step, 0)
+        on_device = seeded_generator(config.seed, step, 1, device=device)
+        drawn = [index, draw_timesteps(probabilities, config.batch_size, on_cpu)]
+        if labels is not None:
+            drawn.append(drop_labels(labels[index], config.label_dropout, null_label, on_cpu))
+        index, t, *y = _moved(torch.stack(drawn)[:, rank::world].contiguous(), device)  # one copy for all three
+        noise = torch.randn(config.batch_size, *images.shape[1:], generator=on_device, device=device)[rank::world]
+        yield step, to_model_range(images[index]), t, noise, y[0] if y else None
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The CPU's tensor on the device. CUDA copies from pinned memory while the CPU goes on."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def _step_if(finite: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """``optimizer.step()``, left out (weights, moments and count stay) where ``finite`` is false. A fused optimizer
+    reads this on the device, by the flag that gradient scalers give it; for others the CPU waits."""
+    if optimizer.defaults["fused"]:
+        optimizer.found_inf = (~finite).float()
+        optimizer.step()
+    elif finite:
+        optimizer.step()
+
+
+def _fastest(device: torch.device) -> tuple[torch.memory_format, bool | None]:
+    """The layout of images and weights, and whether Adam is fused: channels-last and fused are faster on CUDA and the
+    CPU, and unsafe on MPS.
+
+    On CUDA this also sets, for the whole process, how float32 is multiplied: as TF32 (10 bits after the point, sums in
+    float32), in matrix products as PyTorch does in convolutions anyway, on GPUs that have it (Ampere and later); and
+    cuDNN times its algorithms on the first batch and keeps the fastest, as all batches have one shape.
+    """
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
+    tuned = device.type in ("cuda", "cpu")
+    return torch.channels_last if tuned else torch.contiguous_format, tuned or None
 
 
 def _autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -209,14 +262,22 @@ def _autocast(device: torch.device, precision: str) -> torch.autocast:
         raise ValueError(f"precision {precision} is not supported on {device.type}: {error}") from error
 
 
-def _compiled(model: UNet) -> Callable:
-    """``torch.compile(model)``; the model as it is, with a warning, where this machine cannot compile."""
-    torch._dynamo.config.suppress_errors = True  # what fails to compile, now or later, runs as it is
+def _compiled(model: UNet, autocast: torch.autocast, images: Tensor, layout: torch.memory_format) -> nn.Module:
+    """``torch.compile(model)``; the model as it is, with a warning, where this machine cannot compile. It compiles when
+    it is called, so it is tried here, forwards and backwards, on a batch like ``images``."""
+    t = torch.ones(len(images), dtype=torch.long, device=processes().device)
+    x_t = torch.zeros(images.shape, device=t.device).contiguous(memory_format=layout)
+    y = None if model.num_classes is None else torch.zeros_like(t)
     try:
-        return torch.compile(model)
+        network = torch.compile(model)
+        with autocast:
+            pred_noise = network(x_t, t, y)
+        pred_noise.sum().backward()
     except RuntimeError as error:
         warnings.warn(f"torch.compile is not available here, so the U-Net runs as it is: {error}", stacklevel=3)
-        return model
+        network = model
+    model.zero_grad(set_to_none=True)
+    return network
 
 
 # --------------------------------------------------------------------------------------- a run in a folder
@@ -276,8 +337,11 @@ def train_to_folder(
             stopped = _in_any_process(should_stop())
             last = stopped or step == config.num_train_steps
             keep = last or step % checkpoint_every == 0
+            log = keep or step % log_every == 0
+            if log:
+                state.check()  # in all processes
             try:
-                if main and (keep or step % log_every == 0):
+                if main and log:
                     loss, seconds = float(loss_sum) / (step - logged), time.perf_counter() - began
                     row = {
                         "step": step,

@@ -311,6 +311,17 @@ def test_batch_size_must_fit():
             next(batch_indices(23, size, seed=0))
 
 
-def test_seeded_generators_differ_for_neighbours():
-    draws = {tuple(torch.rand(3, generator=seeded_generator(a, b)).tolist()) for a in range(20) for b in range(20)}
-    assert len(draws) == 400
+def test_seeded_generators_differ_for_neighbours_and_for_zeros_at_the_end():
+    keys = [(a, b) for a in range(20) for b in range(20)]
+    keys += [(0,), (5,), (0, 5, 0), (0, 5, 0, 0), (5, 0, 0), (2**32,), (2**63 - 1,), (2**63 - 1, 0), (2**127,)]
+    draws = {tuple(torch.rand(3, generator=seeded_generator(*key)).tolist()) for key in keys}
+    assert len(draws) == len(keys)
+    assert seeded_generator(7, 1).initial_seed() == seeded_generator(np.int64(7), np.int64(1)).initial_seed()
+    assert max(seeded_generator(seed).initial_seed() for seed in range(9)) > 2**60  # more than 32 bits
+
+
+@pytest.mark.parametrize("key", [(-1,), (0, -1), (1.5,), ("7",), (None,), (2**128,), (0, 2**32)])
+def test_seeds_that_are_no_integers_in_range_are_refused(key):
+    """Larger ones would share a stream: NumPy reads 2**32 as the two parts 0 and 1."""
+    with pytest.raises(ValueError, match=r"seed must be an integer in 0 … 2\*\*.* got "):
+        seeded_generator(*key)

@@ -1,18 +1,37 @@
 """The training loop: it learns, its parts are what they say, and a stopped run goes on exactly."""
 
+import contextlib
 import csv
+import functools
 import json
 import math
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from ddpm_tutorial import data as data_module
 from ddpm_tutorial import training
 from ddpm_tutorial.data import load_fashion_mnist
 from ddpm_tutorial.diffusion import GaussianDiffusion
-from ddpm_tutorial.training import STATE_FILE, TrainConfig, learning_rate, make_ema, train, train_to_folder
+from ddpm_tutorial.losses import target_loss
+from ddpm_tutorial.training import (
+    EMA,
+    STATE_FILE,
+    TrainConfig,
+    TrainState,
+    learning_rate,
+    save_checkpoint,
+    train,
+    train_steps,
+    train_to_folder,
+    training_batches,
+)
 from ddpm_tutorial.unet import UNet
 
 CONFIG = TrainConfig(num_train_steps=8, batch_size=16, warmup_steps=2, lr=1e-3, ema_decay=0.9)
@@ -83,23 +102,46 @@ def test_half_precision_trains_after_full_precision_in_one_process(data, precisi
     assert half[-1].loss != full[-1]  # it was another precision
 
 
-def test_compile_is_asked_for_only_by_its_option_and_is_not_needed(data, monkeypatch):
-    """What torch.compile gives is used; where it is not available, the network runs as it is, with a warning."""
-    config, compiled = TrainConfig(num_train_steps=1, batch_size=8), []
+def test_without_its_option_nothing_is_compiled(data, monkeypatch):
+    monkeypatch.setattr(torch, "compile", None)
+    next(train(*new_run(), *data, TrainConfig(num_train_steps=1, batch_size=8)))
 
-    def wrap(model):
-        return lambda *inputs: compiled.append(len(inputs)) or model(*inputs)
 
-    monkeypatch.setattr(torch, "compile", wrap)
-    plain = next(train(*new_run(), *data, config))
-    assert not compiled
-    assert torch.equal(next(train(*new_run(), *data, replace(config, compile=True))).loss, plain.loss)
-    assert compiled == [3]
+def test_compiled_network_is_one_graph_compiled_once(data, monkeypatch):
+    """With labels on the CPU, too; and for the whole process nothing is set, such as errors to be passed over."""
+    counter, compile_ = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", functools.partial(compile_, backend=counter, fullgraph=True))
+    config = TrainConfig(num_train_steps=2, batch_size=8, target="v")
+    torch._dynamo.reset()
+    settings = torch._dynamo.config.save_config()
+    compiled, plain = (
+        list(train(new_model(target="v"), new_run()[1], *data, replace(config, compile=asked)))
+        for asked in (True, False)
+    )
+    assert counter.frame_count == 1 and torch._dynamo.config.save_config() == settings
+    assert [state.loss.item() for state in compiled] == pytest.approx([state.loss.item() for state in plain], rel=1e-5)
 
-    def not_here(model):
+
+def test_forward_and_loss_are_one_graph(data):
+    model, diffusion = new_model(target="v", channel_mults=(1,)), new_run()[1]
+
+    @functools.partial(torch.compile, backend="eager", fullgraph=True)
+    def loss_of(x_0, t, noise, y):
+        return target_loss(model(diffusion.q_sample(x_0, t, noise), t, y), noise, t, diffusion, "v")
+
+    torch._dynamo.reset()
+    noise = torch.randn(4, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    assert loss_of(torch.zeros_like(noise), torch.tensor([1, 5, 500, 1000]), noise, data[1][:4]).isfinite()
+
+
+@pytest.mark.parametrize("when", ["at once", "when called"])
+def test_where_torch_cannot_compile_the_network_runs_as_it_is(data, monkeypatch, when):
+    def not_here(*inputs):
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(torch, "compile", not_here)
+    config = TrainConfig(num_train_steps=1, batch_size=8)
+    plain = next(train(*new_run(), *data, config))
+    monkeypatch.setattr(torch, "compile", not_here if when == "at once" else lambda model: not_here)
     with pytest.warns(UserWarning, match="no compiler"):
         assert torch.equal(next(train(*new_run(), *data, replace(config, compile=True))).loss, plain.loss)
 
@@ -147,14 +189,184 @@ def test_gradient_is_clipped(data):
     assert_close(clipped.item(), 0.01, rtol=1e-3, atol=0)
 
 
-def test_loss_that_is_not_finite_stops_and_leaves_the_weights(data):
+# ------------------------------------------------------------------------------ what is not finite is not used
+def everything(state):
+    """Weights, averaged weights, and the optimizer's moments and counts: copies."""
+    moments = [entry.flatten() for entries in state.optimizer.state.values() for entry in entries.values()]
+    return torch.cat([weights(state.model), weights(state.ema), *moments]).clone()
+
+
+def broken_at(step, how, monkeypatch):
+    """From now on the loss of this step, or its gradient alone, is not finite."""
+    good, calls = training.target_loss, iter(range(1, 1000))
+
+    def loss(pred_noise, *others):
+        broken = next(calls) == step
+        if broken and how == "gradient":
+            pred_noise.register_hook(lambda gradient: gradient * math.inf)
+        return good(pred_noise, *others) * (math.nan if broken and how == "loss" else 1)
+
+    monkeypatch.setattr(training, "target_loss", loss)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+@pytest.mark.parametrize(
+    "precision,how", [("no", "loss"), ("no", "gradient"), ("bf16", "loss"), ("bf16", "gradient"), ("fp16", "loss")]
+)
+def test_step_that_is_not_finite_stops_the_run_and_leaves_everything(data, monkeypatch, optimizer, precision, how):
+    config = replace(CONFIG, optimizer=optimizer, precision=precision, weight_decay=0.1)
+    broken_at(3, how, monkeypatch)
+    states = train(*new_run(), *data, config)
+    next(states)
+    state = next(states)
+    before = everything(state)
+    with pytest.raises(FloatingPointError, match="step 3: the loss or its gradient is not finite"):
+        next(states)
+    assert torch.equal(everything(state), before)
+
+
+@pytest.mark.parametrize("loss", ["l2", "l1", "huber"])  # the last two: with a finite gradient
+def test_infinite_loss_leaves_the_weights(data, loss):
     model, diffusion = new_run()
     with torch.no_grad():
         model.conv_out.bias.fill_(float("inf"))
     before = weights(model)
-    with pytest.raises(FloatingPointError, match="step 1: the loss is (inf|nan)"):
-        next(train(model, diffusion, *data, CONFIG))
+    with pytest.raises(FloatingPointError, match="step 1"):
+        next(train(model, diffusion, *data, replace(CONFIG, loss=loss)))
     assert torch.equal(weights(model), before)
+
+
+@pytest.mark.parametrize("how", ["loss", "gradient"])
+def test_on_a_gpu_the_step_is_left_out_at_once_and_the_error_comes_when_the_loss_is_read(
+    data, tmp_path, monkeypatch, how
+):
+    """A GPU, played by a CPU on which nothing is read during the steps."""
+    check = TrainState.check
+    monkeypatch.setattr(TrainState, "check", lambda self: None)
+    broken_at(3, how, monkeypatch)
+    model, diffusion = new_run()
+    states = train(model, diffusion, *data, CONFIG)
+    state = [next(states), next(states)][-1]
+    moments = everything(state)[2 * len(weights(model)) :]
+    before = weights(model)
+    state = next(states)
+    assert torch.equal(weights(model), before) and weights(state.ema).isfinite().all()
+    assert torch.equal(everything(state)[2 * len(weights(model)) :], moments)
+    later = [next(states), next(states)][-1]
+    assert not torch.equal(weights(model), before) and weights(model).isfinite().all()
+    monkeypatch.setattr(TrainState, "check", check)
+    with pytest.raises(FloatingPointError, match="step 3: "):
+        save_checkpoint(later, diffusion, tmp_path, {})
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(FloatingPointError, match="step 3: "):
+        list(states)  # at the end at the latest
+
+
+# ----------------------------------------------------------------------------------- devices and several processes
+class Copies(TorchDispatchMode):
+    """The copies between devices, and what has been float64, on a device that is not the CPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.copies, self.doubles = [], []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        devices = {x.device.type for x in (*args, out) if isinstance(x, torch.Tensor) and (x.ndim or x is out)}
+        if len(devices) > 1 and "copy" in str(function):
+            self.copies.append(out)
+        if isinstance(out, torch.Tensor) and out.dtype == torch.float64 and out.device.type != "cpu":
+            self.doubles.append(function)
+        return out
+
+
+@pytest.mark.parametrize("target,num_classes", [("v", 10), ("noise", None)])
+def test_a_step_reads_nothing_from_the_device_and_copies_to_it_once(data, monkeypatch, target, num_classes):
+    """PyTorch's device "meta" has shapes and no numbers: reading one, or asking whether it is true, is an error there.
+    So it tells what would wait on a GPU. It takes the GPU's way: channels-last, and a fused optimizer."""
+    place = SimpleNamespace(device=torch.device("meta"), num_processes=1, process_index=0)
+    seeded = training.seeded_generator
+    diffusion = GaussianDiffusion.from_schedule()
+    probabilities = training.timestep_probabilities(diffusion, target)  # once a run, from the tables
+    monkeypatch.setattr(training, "timestep_probabilities", lambda *_: probabilities)
+    monkeypatch.setattr(training, "processes", lambda: place)
+    monkeypatch.setattr(training, "_fastest", lambda device: (torch.channels_last, True))
+    monkeypatch.setattr(training, "_autocast", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(training, "seeded_generator", lambda *key, device=None: None if device else seeded(*key))
+    monkeypatch.setattr(sys.modules["torch.optim.adam"], "_device_dtype_check_for_fused", lambda *_, **__: None)
+
+    model = new_model(target=target, num_classes=num_classes)
+    labels = data[1] if num_classes else None
+    states = train_steps(model, diffusion, data[0], labels, replace(CONFIG, target=target, num_train_steps=9), None)
+    next(states)
+    with Copies() as seen:
+        state = [next(states) for _ in range(2)][-1]
+    assert state.loss.device.type == "meta" and state.step == 3
+    assert [tuple(copy.shape) for copy in seen.copies] == 2 * [(3 if num_classes else 2, 16)]  # indices, t, labels
+    assert not seen.doubles  # there is no float64 on Apple's GPUs
+    for number in (state.loss, state.bad_step, state.grad_norm):
+        with pytest.raises(RuntimeError, match="meta"):  # the device does refuse
+            bool(number)
+
+
+def test_on_cuda_the_kernels_are_chosen(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
+    before = torch.get_float32_matmul_precision()
+    try:
+        assert training._fastest(torch.device("cpu")) == (torch.channels_last, True)
+        assert training._fastest(torch.device("mps")) == (torch.contiguous_format, None)
+        assert torch.get_float32_matmul_precision() == before and not torch.backends.cudnn.benchmark
+        assert training._fastest(torch.device("cuda")) == (torch.channels_last, True)
+        assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.benchmark
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def as_process(rank, world, monkeypatch):
+    place = SimpleNamespace(device=torch.device("cpu"), process_index=rank, num_processes=world)
+    monkeypatch.setattr(training, "processes", lambda: place)
+
+
+def test_processes_share_the_batch_of_one(data, monkeypatch):
+    """Item by item; and each has noisy images and nearly clean ones."""
+    config = replace(CONFIG, batch_size=18, num_train_steps=5)
+
+    def batches(rank, world):
+        as_process(rank, world, monkeypatch)
+        return list(training_batches(*data, 10, GaussianDiffusion.from_schedule(), config, done=2))
+
+    shares = [batches(rank, 3) for rank in range(3)]
+    for (step, *whole), *parts in zip(batches(0, 1), *shares, strict=True):
+        for i, tensor in enumerate(whole):
+            assert torch.equal(torch.stack([part[1 + i] for part in parts], dim=1).flatten(0, 1), tensor)
+        assert step == parts[0][0]
+        assert all(part[2].min() < 200 and part[2].max() > 800 for part in parts)
+
+
+def test_processes_do_not_send_each_other_the_tables(data, monkeypatch):
+    options = {}
+
+    def distributed(network, **given):
+        options.update(given)
+        return network
+
+    as_process(0, 2, monkeypatch)
+    monkeypatch.setattr(training, "DistributedDataParallel", distributed)
+    next(train(*new_run(), *data, CONFIG))
+    assert options == {"device_ids": None, "broadcast_buffers": False}
+
+
+def test_no_two_parts_of_a_run_share_a_stream(data, monkeypatch):
+    keys, real = [], data_module.seeded_generator
+
+    def noted(*key, device="cpu"):
+        keys.append(key)
+        return real(*key, device=device)
+
+    for module in (training, data_module):
+        monkeypatch.setattr(module, "seeded_generator", noted)
+    list(train(*new_run(), *data, CONFIG))
+    assert len(keys) == len(set(keys)) == 2 * 8 + 2  # eight steps within two epochs
 
 
 # ------------------------------------------------------------------------------------- learning rate, EMA
@@ -171,7 +383,7 @@ def test_learning_rate_warms_up_then_falls_to_zero():
 def test_ema_follows_its_recursion():
     """Against the recursion in plain Python: first a copy, then decay min(0.6, (1 + n)/(10 + n))."""
     model = torch.nn.Linear(1, 1, bias=False)
-    ema = make_ema(model, decay=0.6)
+    ema = EMA(model, decay=0.6)
     expected = None
     for n in range(20):
         model.weight.data.fill_(float(n**2))
@@ -250,7 +462,7 @@ def test_loss_that_is_not_finite_leaves_a_checkpoint_that_goes_on(data, tmp_path
     good = training.target_loss
     count = iter(range(100))
     monkeypatch.setattr(training, "target_loss", lambda *a: good(*a) * (float("nan") if next(count) == 4 else 1))
-    with pytest.raises(FloatingPointError, match="step 5: the loss is nan"):
+    with pytest.raises(FloatingPointError, match="step 5: the loss or its gradient"):
         train_to_folder(*new_run(), *data, CONFIG, tmp_path / "broken", **options)
     monkeypatch.setattr(training, "target_loss", good)
     train_to_folder(*new_run(), *data, CONFIG, tmp_path / "broken", resume=True, **options)
