@@ -83,10 +83,9 @@ def run_train(
         num_timesteps=run["num_timesteps"],
     )
     place = processes()
-    count = f"{len(data.images)} images of {len(data.class_names)} classes" if labels is not None else (
-        f"{len(data.images)} images without labels")  # fmt: skip
+    unused = "; labels not used" if labels is None and data.labels is not None else ""
     size = sum(p.numel() for p in model.parameters()) / 1e6
-    place.print(f"{count}, a U-Net of {size:.2f} million parameters on {place.num_processes} × {place.device.type}")
+    place.print(f"{data.describe()}{unused}\na U-Net of {size:.2f} million parameters on {place.num_processes} × {place.device.type}")
 
     with _signals() as stopped:  # finish the step, write a checkpoint, then stop
         last = train_to_folder(

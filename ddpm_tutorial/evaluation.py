@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .arguments import at_least
-from .data import CLASS_NAMES, ImageData, load_images, seeded_generator, to_model_range
+from .data import CLASS_NAMES, ImageData, load_fashion_mnist, load_images, seeded_generator, to_model_range
 from .elbo import bits_per_dim, mean_and_error
 from .metrics import (
     Classifier,
@@ -67,7 +67,7 @@ def measure_samples(
     if list(trained.class_names) != list(CLASS_NAMES) or trained.image_shape != (1, 28, 28):
         raise ValueError("--metric samples knows Fashion-MNIST only: its classifier was trained on those ten classes")
     at_least(1, repeats=repeats)
-    train, test = load_images(data, "train"), load_images(data, "test")
+    train, test = load_fashion_mnist("train", data), load_fashion_mnist("test", data)
     if features not in JUDGES:
         raise ValueError(f"--features must be {' or '.join(JUDGES)}, got {features!r}")
     judge = JUDGES[features](trained.device)
