@@ -85,7 +85,8 @@ def run_train(
     place = processes()
     unused = "; labels not used" if labels is None and data.labels is not None else ""
     size = sum(p.numel() for p in model.parameters()) / 1e6
-    place.print(f"{data.describe()}{unused}\na U-Net of {size:.2f} million parameters on {place.num_processes} × {place.device.type}")
+    place.print(f"{data.describe()}{unused}")
+    place.print(f"a U-Net of {size:.2f} million parameters on {place.num_processes} × {place.device.type}")
 
     with _signals() as stopped:  # finish the step, write a checkpoint, then stop
         last = train_to_folder(

@@ -4,6 +4,7 @@ What would be misread is refused with its name, never guessed.
 """
 
 import contextlib
+import io
 import os
 import re
 from collections import Counter
@@ -79,8 +80,8 @@ def from_folder(folder: Path, split: str) -> Found:
         if len(set(names)) < len(names) or len(splits) < len(folders) or images:
             beside = [path for path in folders if path not in splits] + images
             raise ValueError(
-                f"{folder} has the splits {listed(splits)} beside {listed(beside) or 'each other'}: rename or move what "
-                "is no split, or is one twice; or give one of them as the source"
+                f"{folder} has the splits {listed(splits)} beside {listed(beside) or 'each other'}: rename or move "
+                "what is no split, or is one twice; or give one of them as the source"
             )
         wanted = SPLITS.get(split.lower(), split)
         if wanted not in names:
@@ -118,7 +119,8 @@ def from_folder(folder: Path, split: str) -> Found:
 
 
 def _openers(files: list[Path]) -> list[tuple[str, Callable[[], Image.Image]]]:
-    return [(str(path), lambda path=path: Image.open(path)) for path in files]
+    # Not by name: Pillow would map an uncompressed TIFF, and maps those wrongly that are to be turned.
+    return [(str(path), lambda path=path: Image.open(io.BytesIO(path.read_bytes()))) for path in files]
 
 
 # ------------------------------------------------------------------------------------------------ the hub
@@ -231,7 +233,7 @@ def _plain(picture: Image.Image | None) -> tuple[Image.Image, int | None]:
         raise ValueError("it is missing")
     if getattr(picture, "is_animated", False) and picture.format != "MPO":  # MPO: a JPEG with its preview
         raise ValueError(f"it holds {picture.n_frames} images; save each as a file")
-    tags, raw = getattr(picture, "tag_v2", {}), str(picture.tile[0][3]) if picture.tile else ""
+    tags, tiles = getattr(picture, "tag_v2", {}), getattr(picture, "tile", None)
     # In modes I and F white may be anything, but for these two formats (PNG until Pillow 9).
     deep = picture.mode.startswith("I;16") or picture.mode == "I" and picture.format in ("PNG", "PPM")
     if picture.mode in ("I", "F") and not deep:
@@ -239,7 +241,8 @@ def _plain(picture: Image.Image | None) -> tuple[Image.Image, int | None]:
         raise ValueError(f"its grey levels are {kind} numbers, of which none is known to be white; save it as 8 bits")
     if tags.get(339, (1,))[0] != 1 or deep and tags and (tags.get(258) != (16,) or tags.get(262) == 0):
         raise ValueError("its grey levels are signed, or 12 bits, or 0 is white; save it as 8 bits")
-    if "transparency" in picture.info and raw in ("L;2", "L;4", "RGB;16B"):  # Pillow compares it with scaled colours
+    # Pillow compares a transparent colour of other bits with the colours scaled to 8.
+    if "transparency" in picture.info and tiles and tiles[0][3] in ("L;2", "L;4", "RGB;16B"):
         raise ValueError("its transparent colour is not of 8 bits; save it with an alpha channel")
 
     picture = ImageOps.exif_transpose(picture)
