@@ -25,6 +25,8 @@ from ddpm_tutorial.data import (
     to_model_range,
     to_uint8,
 )
+from ddpm_tutorial.evaluation import measure_samples
+from ddpm_tutorial.trained import load_trained
 
 FULL = Path(os.environ.get("FASHION_MNIST_FOLDER", "/usr/share/datasets/fashion-mnist"))  # Debian's package
 needs_full = pytest.mark.skipif(not FULL.is_dir(), reason="the full Fashion-MNIST is not installed")
@@ -139,6 +141,14 @@ def test_digits_are_not_called_clothes(idx_folder):
     assert class_names == tuple("0123456789")
     with pytest.raises(ValueError, match="not those of Fashion-MNIST's train split; load_images"):
         load_fashion_mnist("train", idx_folder)
+
+
+def test_digits_are_not_judged_as_clothes(idx_folder):
+    clothes = load_trained(None)
+    with pytest.raises(ValueError, match="knows Fashion-MNIST only"):
+        measure_samples(clothes._replace(class_names=load_images(idx_folder).class_names), str(idx_folder), seed=0)
+    with pytest.raises(ValueError, match="not those of Fashion-MNIST's train split"):
+        measure_samples(clothes, str(idx_folder), seed=0)
 
 
 def test_one_other_pixel_or_label_is_not_fashion_mnist(fashion_folder):
