@@ -139,9 +139,10 @@ def run_train(out: Path, resume: bool = False, **given) -> int:
         num_timesteps=run.num_timesteps,
     )
     place = processes()
+    unused = "; labels not used" if labels is None and data.labels is not None else ""
     size = sum(p.numel() for p in model.parameters()) / 1e6
-    network = f"a U-Net of {size:.2f} million parameters on {place.num_processes} × {place.device.type}"
-    place.print(f"{_described(data.images, None if labels is None else data.class_names)}; {network}")
+    place.print(f"{data.describe()}{unused}")
+    place.print(f"a U-Net of {size:.2f} million parameters on {place.num_processes} × {place.device.type}")
 
     # A folder is kept as an absolute path: --resume may be given in another one.
     kept = asdict(run) | {"data": os.path.abspath(source) if os.path.isdir(source) else source}
@@ -187,20 +188,6 @@ def _checksum(data) -> str:
     if data.labels is not None:
         digest.update(data.labels.contiguous().numpy())
     return digest.hexdigest()[:16]
-
-
-def _described(images, class_names: Sequence[str] | None) -> str:
-    def counted(number: int, what: str, more: str) -> str:
-        return f"{number} {what if number == 1 else more}"
-
-    height, width = images.shape[2:]
-    found = counted(len(images), "image", "images")
-    if class_names is None:
-        found += " without labels"
-    else:
-        named = ", ".join(class_names[:20]) + (", …" if len(class_names) > 20 else "")
-        found += f" of {counted(len(class_names), 'class', 'classes')} ({named})"
-    return f"{found}, {height}×{width} in {'grey' if images.shape[1] == 1 else 'colour'}"
 
 
 @contextlib.contextmanager

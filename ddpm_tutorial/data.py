@@ -1,41 +1,64 @@
 """Fashion-MNIST from the hub, from IDX files, or from the sample shipped in the package; and any other images, from
-a folder or the hub (chapter 5).
+IDX files, a folder or the hub (chapter 5).
 
 Fashion-MNIST: Xiao, Rasul, Vollgraf, 2017, arXiv:1708.07747; images MIT licence, Zalando SE.
 """
 
 import gzip
+import hashlib
+import io
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
+
+from .pictures import HUB_SOURCE, asking_hub, classes_of, from_folder, from_hub, inside, square, to_tensor
 
 CLASS_NAMES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
-HUB_NAME = "zalando-datasets/fashion_mnist"
+HUB_NAME = "zalando-datasets/fashion_mnist"  # on the hub
 SOURCE_VARIABLE = "DDPM_TUTORIAL_DATA"  # the environment variable that sets the default source
 SAMPLE_FOLDER = Path(__file__).parent / "sample"
 IDX_FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
+# MNIST, KMNIST and others have files of the same names, sizes and labels: only the bytes say whose they are.
+FASHION_SHA256 = {  # of all pixels, then all labels
+    "train": "16d82e2b505296aa2b78bd5ea0992634f30419a4c97def7c907d154a35ac6157",
+    "test": "9f1ec356a747bfe4ebab3cfb722d3694c9ca737e2570f6f90cf31d7b6fd689d4",
+}
 
 
-class ImageData(NamedTuple):
-    """Images (N, C, H, W) uint8, labels (N,) int64, and the name of each label (None and () without labels)."""
-
+class _Columns(NamedTuple):
     images: Tensor
     labels: Tensor | None
     class_names: tuple[str, ...]
+
+
+class ImageData(_Columns):
+    """Images (N, C, H, W) uint8, labels (N,) int64, and the name of each label (None and () without labels)."""
+
+    left_out = ""  # what else the source holds, in words
+
+    def describe(self) -> str:
+        """What was found, in a line that a person can check."""
+        count, channels, height, width = self.images.shape
+        names = ", ".join([*self.class_names[:10], *["…"] * (len(self.class_names) > 10)])
+        classes = f"{len(self.class_names)} class{'es' if len(self.class_names) != 1 else ''} ({names})"
+        return (
+            f"{count} image{'s' if count != 1 else ''} of {height}×{width} in {'grey' if channels == 1 else 'colour'}, "
+            f"values {self.images.min()} … {self.images.max()}, {'without labels' if self.labels is None else classes}"
+            + (f"; left out: {self.left_out}" if self.left_out else "")
+        )
 
 
 def load_fashion_mnist(split: str = "train", source: str | Path | None = None) -> ImageData:
@@ -43,26 +66,24 @@ def load_fashion_mnist(split: str = "train", source: str | Path | None = None) -
 
     ``split`` is "train" (60,000 images) or "test" (10,000). ``source`` is "hub" (Hugging Face, through
     ``datasets``), "sample" (5,000 and 1,000 real images, shipped in the package), or a folder with the four IDX
-    files of the original download, gzipped or not. Without one, the environment variable DDPM_TUTORIAL_DATA
-    decides, else "hub". No source replaces another: what cannot be read raises ValueError, FileNotFoundError or
-    ConnectionError.
+    files of the original download, gzipped or not, also as Kaggle and torchvision name and lay them. Without one, the
+    environment variable DDPM_TUTORIAL_DATA decides, else "hub". No source replaces another: what cannot be read, or is
+    not Fashion-MNIST, raises ValueError, FileNotFoundError or ConnectionError.
     """
+    source = _chosen(source)
     if split not in IDX_FILES:
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
-    source = _or_default(source)
     if source == "sample":
         images, labels = _read_sample(split)
     elif source == "hub":
         images, labels = _read_hub(split)
     else:
         images, labels = _read_idx_folder(Path(source), split)
-    if images.shape[1:] != (28, 28) or len(images) != len(labels) or len(images) == 0:
-        raise ValueError(
-            f"{source}: Fashion-MNIST has 28×28 images with one label each; "
-            f"got images of shape {images.shape} and {len(labels)} labels"
-        )
-    if labels.max() >= len(CLASS_NAMES):
-        raise ValueError(f"{source}: labels must lie in 0 … 9, got {labels.max()}")
+        if not _is_fashion(images, labels, split):
+            raise ValueError(
+                f"{source}: these IDX files are not those of Fashion-MNIST's {split} split; load_images reads them, "
+                "and `ddpm-tutorial train --data`"
+            )
     return ImageData(torch.from_numpy(images)[:, None], torch.from_numpy(labels).long(), CLASS_NAMES)
 
 
@@ -74,51 +95,79 @@ def load_images(
 ) -> ImageData:
     """Fashion-MNIST, or any other images, as ``ImageData``.
 
-    ``source`` is one of ``load_fashion_mnist``'s, a data set's name on the hub ("owner/name"), or a folder of images:
-    one sub-folder a class, or none for images without labels; where it has sub-folders train and test, these are the
-    splits, else all of it is "train". ``image_size`` scales the shorter side to it and cuts out the middle square;
-    ``channels`` is 1 (grey) or 3 (colour). Without them images stay as they are, and must all be alike.
+    ``source`` is one of ``load_fashion_mnist``'s; a folder of other IDX files, whose classes are then named by their
+    numbers; a data set on the hub, "owner/name" or "owner/name:CONFIGURATION"; or a folder of images: one sub-folder a
+    class, or none for images without labels. Where it has sub-folders train, test and valid (or training, Testing, val,
+    …), these are the splits, else all of it is "train". ``image_size`` scales the shorter side to it and cuts out the
+    middle square; ``channels`` is 1 (grey) or 3 (colour). Without them images stay as they are, and must all be alike.
+    Transparent images are put on white, 16 bits scaled to 8; what would be misread raises ValueError.
     """
     if channels not in (None, 1, 3):
         raise ValueError(f"image channels must be 1 (grey) or 3 (colour), got {channels}")
     if image_size is not None and image_size < 1:
         raise ValueError(f"the image size must be at least 1, got {image_size}")
-    source = _or_default(source)
+    source = _chosen(source)
     folder = Path(source)
-    if source in ("hub", "sample") or any(_idx_paths(folder, name) for files in IDX_FILES.values() for name in files):
-        images, labels, class_names = load_fashion_mnist(split, source)
-        if image_size not in (None, 28):
-            images = _square(image_size)(images)
-        return ImageData(images if channels != 3 else images.repeat(1, 3, 1, 1), labels, class_names)
-    if folder.is_dir():
-        pictures, labels, class_names = _image_folder(folder, split)
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        pictures, labels, class_names = _hub_images(str(source), split)
+    if source in ("hub", "sample"):
+        data = load_fashion_mnist(split, source)
+    elif folder.is_dir() and _find_idx(folder):
+        data = _load_idx_folder(folder, split)
     else:
-        raise FileNotFoundError(
-            f"no such folder: {source}. A source is 'hub' or 'sample' (Fashion-MNIST), a folder of Fashion-MNIST's IDX "
-            "files or of images, or a data set on the hub, as owner/name"
-        )
-    return ImageData(_to_tensor(pictures, image_size, channels), labels, class_names)
+        if folder.is_dir():
+            found = from_folder(folder, split)
+        elif _may_be_on_hub(source):
+            found = from_hub(str(source), split)
+        else:
+            raise _no_folder(source)
+        data = ImageData(to_tensor(found, image_size, channels), found.labels, found.class_names)
+        data.left_out = found.left_out
+        return data
+    images = data.images
+    if image_size is not None and images.shape[2:] != (image_size, image_size):
+        images = square(image_size)(images)
+    return ImageData(images if channels != 3 else images.repeat(1, 3, 1, 1), data.labels, data.class_names)
 
 
-def _or_default(source: str | Path | None) -> str | Path:
+def _chosen(source: str | Path | None) -> str | Path:
+    if source == "":
+        raise ValueError(f"the source is empty. {SOURCES}")
     return source if source is not None else os.environ.get(SOURCE_VARIABLE) or "hub"
 
 
-# ------------------------------------------------------------------------------------ Fashion-MNIST's sources
-def _read_sample(split: str) -> tuple[np.ndarray, np.ndarray]:
-    from datasets import Dataset  # slow to import, so only where it is used
+SOURCES = (
+    "A source is 'hub' or 'sample' (Fashion-MNIST), a folder of IDX files or of images, or a data set on the hub, as "
+    "owner/name"
+)
 
-    return _to_arrays(Dataset.from_parquet(str(SAMPLE_FOLDER / f"{split}.parquet"), keep_in_memory=True))
+
+def _may_be_on_hub(source: str | Path) -> bool:
+    """Whether it is owner/name, and no mistyped path: no folder here has the owner's name."""
+    return bool(HUB_SOURCE.fullmatch(str(source))) and not Path(source).parent.is_dir() and not Path(source).exists()
+
+
+def _no_folder(source: str | Path) -> OSError:
+    if Path(source).exists():
+        return NotADirectoryError(f"{source} is a file, not a folder (unpack an archive first). {SOURCES}")
+    return FileNotFoundError(f"no such folder: {source}. {SOURCES}")
+
+
+# ---------------------------------------------------------------------------------------- sources of IDX files
+def _read_sample(split: str) -> tuple[np.ndarray, np.ndarray]:
+    from pyarrow import parquet  # slow to import, so only where it is used
+
+    table = parquet.read_table(SAMPLE_FOLDER / f"{split}.parquet")
+    images = [np.asarray(Image.open(io.BytesIO(row["bytes"]))) for row in table["image"].to_pylist()]
+    return np.stack(images), np.array(table["label"].to_pylist())
 
 
 def _read_hub(split: str) -> tuple[np.ndarray, np.ndarray]:
-    from datasets import load_dataset
+    import datasets
 
     try:
-        return _to_arrays(load_dataset(HUB_NAME, split=split))
-    except (OSError, RuntimeError) as error:  # datasets and huggingface_hub raise many kinds, all of them these
+        with asking_hub():
+            dataset = datasets.load_dataset(HUB_NAME, split=split)
+            return np.stack([np.asarray(image) for image in dataset["image"]]), np.asarray(dataset["label"])
+    except Exception as error:  # of two libraries and a network: of any kind
         raise ConnectionError(
             f"the hub's {HUB_NAME} could not be read ({type(error).__name__}). The other sources need no "
             f"network: 'sample' (shipped with the package), or a folder of Fashion-MNIST's IDX files. Choose one "
@@ -126,28 +175,59 @@ def _read_hub(split: str) -> tuple[np.ndarray, np.ndarray]:
         ) from error
 
 
-def _to_arrays(dataset) -> tuple[np.ndarray, np.ndarray]:
-    images = np.stack([np.asarray(image) for image in dataset["image"]])
-    return images, np.asarray(dataset["label"])
+def _is_fashion(images: np.ndarray, labels: np.ndarray, split: str) -> bool:
+    return hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest() == FASHION_SHA256[split]
+
+
+def _load_idx_folder(folder: Path, split: str) -> ImageData:
+    """IDX files of any images; classes have the names of Fashion-MNIST if they are its, else their numbers."""
+    images, labels = _read_idx_folder(folder, split)
+    numbers, names = classes_of(labels.tolist())
+    if _is_fashion(images, labels, split):
+        names = CLASS_NAMES
+    return ImageData(torch.from_numpy(images)[:, None], numbers, names)
 
 
 def _read_idx_folder(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    if split not in IDX_FILES:
+        raise ValueError(f"split must be 'train' or 'test', got {split!r}")
     if not folder.is_dir():
-        raise FileNotFoundError(
-            f"no such folder: {folder}. A source is 'hub', 'sample', or a folder of Fashion-MNIST's IDX files"
+        raise _no_folder(folder)
+    found = _find_idx(folder)
+    for kind, name in zip(("images", "labels"), IDX_FILES[split], strict=True):
+        if (split, kind) not in found:
+            raise FileNotFoundError(f"{folder} holds neither {name} nor {name}.gz")
+    images, labels = read_idx(found[split, "images"], ndim=3), read_idx(found[split, "labels"], ndim=1)
+    if len(images) != len(labels) or images.size == 0:
+        raise ValueError(
+            f"{folder}: there must be images with one label each; got images of shape {images.shape} and "
+            f"{len(labels)} labels"
         )
-    images, labels = (_find_idx(folder, name) for name in IDX_FILES[split])
-    return read_idx(images, ndim=3), read_idx(labels, ndim=1)
+    return images, labels
 
 
-def _find_idx(folder: Path, name: str) -> Path:
-    for path in _idx_paths(folder, name):
-        return path
-    raise FileNotFoundError(f"{folder} holds neither {name} nor {name}.gz")
+IDX_NAME = re.compile(r"(?:.+[-_.])?(train|t10k|test)[-_.](?:(images)[-_.]idx3|(labels)[-_.]idx1)[-_.]ubyte(?:\.gz)?")
 
 
-def _idx_paths(folder: Path, name: str) -> list[Path]:
-    return [path for path in (folder / name, folder / f"{name}.gz") if path.is_file()]
+def _find_idx(folder: Path) -> dict[tuple[str, str], Path]:
+    """The IDX files of ("train" or "test", "images" or "labels"): in the folder, else in one of its folders (Kaggle's
+    have the file's name), else in a folder raw of one (torchvision's). ValueError where there are several to choose."""
+    folders, _ = inside(folder)
+    found: dict[tuple[str, str], Path] = {}
+    for places in ([folder], folders, [path / "raw" for path in folders if (path / "raw").is_dir()]):
+        here: dict[tuple[str, str], dict[str, Path]] = {}
+        for path in (path for place in places for path in inside(place)[1]):
+            if match := IDX_NAME.fullmatch(path.name.lower()):
+                key = "train" if match[1] == "train" else "test", match[2] or match[3]
+                here.setdefault(key, {}).setdefault(re.sub(r"\.gz$", "", str(path), flags=re.I), path)
+        for key, paths in here.items():
+            if key in found:
+                continue
+            if len(paths) > 1:
+                raise ValueError(f"{folder} holds several IDX files of {key[0]} {key[1]}: {' and '.join(paths)}; "
+                                 "give a folder with one of them as the source")  # fmt: skip
+            (found[key],) = paths.values()
+    return found
 
 
 def read_idx(path: Path, ndim: int) -> np.ndarray:
@@ -175,94 +255,6 @@ def read_idx(path: Path, ndim: int) -> np.ndarray:
         problem = "truncated" if got < expected else "too long"
         raise ValueError(f"{path}: {problem}: its header says {shape}, {expected} bytes, and {got} follow")
     return np.frombuffer(data, np.uint8, offset=4 + 4 * ndim).reshape(shape).copy()
-
-
-# ------------------------------------------------------------------------------------------- other images
-Pictures = Iterable[tuple[str, Callable[[], Image.Image]]]  # the name of each, and what opens it
-
-
-def _image_folder(folder: Path, split: str) -> tuple[Pictures, Tensor | None, tuple[str, ...]]:
-    from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder
-
-    def inside() -> tuple[list[str], list[Path]]:
-        paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-        folders = [path.name for path in paths if path.is_dir()]
-        return folders, [path for path in paths if path.suffix.lower() in IMG_EXTENSIONS and path.is_file()]
-
-    folders, files = inside()
-    if folders and not files and set(folders) <= {"train", "test", "val", "valid", "validation"}:
-        if split not in folders:
-            raise ValueError(f"{folder} has no split {split}; it has {', '.join(folders)}")
-        folder = folder / split
-        folders, files = inside()
-    elif split != "train":
-        raise ValueError(f"{folder} has no sub-folders train and {split}: all of it is the split train")
-    if folders and files:
-        raise ValueError(f"{folder} holds images beside sub-folders: it must be one sub-folder a class, or none")
-    if not folders and not files:
-        raise FileNotFoundError(f"{folder} holds neither {IDX_FILES['train'][0]} nor images, nor sub-folders of them")
-    labels, class_names = None, ()
-    if folders:
-        found = ImageFolder(str(folder))
-        files, labels = zip(*found.samples, strict=True)
-        labels, class_names = torch.tensor(labels), tuple(found.classes)
-    return [(str(path), lambda path=path: Image.open(path)) for path in files], labels, class_names
-
-
-def _hub_images(name: str, split: str) -> tuple[Pictures, Tensor | None, tuple[str, ...]]:
-    import datasets
-
-    try:
-        dataset = datasets.load_dataset(name, split=split)
-    except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConnectionError(f"there is no folder {name}, and the hub's could not be read: {reason}") from error
-    columns = {kind: [c for c, f in dataset.features.items() if isinstance(f, kind)] for kind in
-               (datasets.Image, datasets.ClassLabel)}  # fmt: skip
-    if not columns[datasets.Image]:
-        raise ValueError(f"{name} has no column of images; it has {', '.join(dataset.features)}")
-    image, label = columns[datasets.Image][0], (columns[datasets.ClassLabel] or [None])[0]
-    labels, class_names = None, ()
-    if label is not None:
-        labels, class_names = torch.tensor(dataset[label][:]), tuple(dataset.features[label].names)
-        if labels.min() < 0:
-            raise ValueError(f"{name}: the split {split} has images without a label")
-    pictures = [(f"{name}, image {i}", lambda i=i: dataset[i][image]) for i in range(len(dataset))]
-    return pictures, labels, class_names
-
-
-def _to_tensor(pictures: Pictures, image_size: int | None, channels: int | None) -> Tensor:
-    """Open, turn upright, scale and cut each picture; (N, C, H, W) uint8. ValueError names one that does not fit."""
-    from torchvision.transforms.v2.functional import pil_to_tensor
-
-    images: list[Tensor] = []
-    for name, open_picture in tqdm(pictures, unit="image", desc="reading", leave=False, disable=None):
-        try:
-            picture = ImageOps.exif_transpose(open_picture())
-            grey = channels == 1 or channels is None and picture.mode in ("1", "L", "LA", "I", "I;16", "F")
-            picture = picture.convert("L" if grey else "RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{name} is no image that can be read: {error}") from error
-        image = pil_to_tensor(_square(image_size)(picture) if image_size else picture)
-        if images and image.shape != images[0].shape:
-            raise ValueError(
-                f"images differ: {name} is {_shape(image)}, those before are {_shape(images[0])}; choose "
-                "an image size (--image-size) or a number of channels (--image-channels) for all"
-            )
-        images.append(image)
-    return torch.stack(images)
-
-
-def _shape(image: Tensor) -> str:
-    return f"{image.shape[1]}×{image.shape[2]} in {image.shape[0]} channel{'s' if image.shape[0] > 1 else ''}"
-
-
-def _square(image_size: int):
-    """Scale the shorter side to ``image_size`` and cut out the middle; of a PIL image, or of a tensor (…, H, W)."""
-    from torchvision.transforms import v2
-
-    resize = v2.Resize(image_size, v2.InterpolationMode.BICUBIC, antialias=True)
-    return v2.Compose([resize, v2.CenterCrop(image_size)])
 
 
 # ------------------------------------------------------------------------------------ scaling and batches

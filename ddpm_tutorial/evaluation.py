@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .data import CLASS_NAMES, ImageData, load_images, seeded_generator, to_model_range
+from .data import CLASS_NAMES, ImageData, load_fashion_mnist, load_images, seeded_generator, to_model_range
 from .elbo import bits_per_dim, mean_and_error
 from .metrics import (
     Classifier,
@@ -70,7 +70,7 @@ def measure_samples(
     """
     if list(trained.class_names) != list(CLASS_NAMES) or trained.image_shape != (1, 28, 28):
         raise ValueError("--metric samples knows Fashion-MNIST only: its classifier was trained on those ten classes")
-    train, test = load_images(data, "train"), load_images(data, "test")
+    train, test = load_fashion_mnist("train", data), load_fashion_mnist("test", data)
     judge = _judge(features, trained.device)
     if samples is None:
         options = {"sampler": sampler, "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}

@@ -127,8 +127,9 @@ class RunSettings(Settings):
     data: str | None = setting(
         None, or_none(TEXT),
         "Fashion-MNIST: 'hub', 'sample' (5,000 images shipped with the package) or a folder of its IDX files; "
-        "other images: a folder with one sub-folder a class (or none: without labels), or a data set on the hub, as "
-        "owner/name (default: the environment variable DDPM_TUTORIAL_DATA, else hub)",
+        "other images: a folder of IDX files, a folder with one sub-folder a class (or none: without labels; or train "
+        "and test with these inside), or a data set on the hub, as owner/name or owner/name:CONFIGURATION. Transparent "
+        "images are put on white (default: the environment variable DDPM_TUTORIAL_DATA, else hub)",
     )  # fmt: skip
     image_size: int | None = setting(
         None, or_none(whole(1, 16_384)), "scale and cut images to N×N (default: as they are, all alike)"

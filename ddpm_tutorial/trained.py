@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from .checkpoint import INFO_FILE, check_writable, read_training_info, written_aside
 from .data import CLASS_NAMES, seeded_generator, to_uint8
-from .diffusion import SHIPPED_WEIGHTS, GaussianDiffusion, randn_like
+from .diffusion import SHIPPED_WEIGHTS, GaussianDiffusion, check_made_for, randn_like
 from .guidance import classifier_free
 from .pretrained import reading
 from .sampling import SAMPLERS, SampleStep, ddim_timesteps, sample_images
@@ -54,13 +54,9 @@ def load_trained(folder: str | None) -> Trained:
             f"{folder}: the network has {classes} classes and {model.in_channels} channels, "
             f"{INFO_FILE} names {len(class_names)} classes and images of shape {shape}"
         )
-    if model.target != "noise" and not _same(model.signal, diffusion.sqrt_alphas_cumprod):
-        raise ValueError(f"{folder}: the network was made for another noise schedule than diffusion.safetensors holds")
+    with reading(folder, "checkpoint whose files fit each other"):
+        check_made_for(model, diffusion)
     return Trained(model.to(device), diffusion.to(device), device, tuple(shape), class_names)
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.allclose(one, other, atol=1e-5)
 
 
 def draw_images(trained: Trained, labels: Tensor, *options, **named) -> Tensor:

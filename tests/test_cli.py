@@ -159,7 +159,7 @@ def test_two_processes_are_one_run(tmp_path):
     output, _ = process.communicate(timeout=300)
     info = json.loads((two / "training.json").read_text())
     assert f"stopped at step {info['step']} of {steps}" in output and info["step"] < steps, output
-    assert "on 2 × cpu" in output and output.count("images of 10 classes") == 1  # only one of them speaks
+    assert "on 2 × cpu" in output and output.count("images of 28×28 in grey") == 1  # only one of them speaks
 
     launch = [bin_folder / "torchrun", "--nproc_per_node", 2, "--master_port", free_port()]
     done = subprocess.run(
@@ -208,7 +208,8 @@ def test_pictures_in_colour_train_resume_and_sample(colour_folder, tmp_path, fai
 
     small = ["--channels", 16, "--batch-size", 8, "--image-size", 32, "--sample-every", 5]
     command("train", "--data", colour_folder, "--out", tmp_path / "run", "--num-train-steps", 5, *small)
-    assert "60 images of 3 classes" in capsys.readouterr().out
+    found = "60 images of 32×32 in colour, values 0 … 255, 3 classes (Red shirts, blue pullovers, green trousers)\n"
+    assert found in capsys.readouterr().out
     info = json.loads((tmp_path / "run" / "training.json").read_text())
     assert info["image_shape"] == [3, 32, 32]
     assert info["class_names"] == ["Red shirts", "blue pullovers", "green trousers"]
@@ -237,7 +238,7 @@ def test_pictures_without_classes(colour_folder, tmp_path, capsys, fails):
     run = ["train", "--data", colour_folder / "green trousers", "--out", tmp_path / "run", "--image-channels", 1]
     run += ["--num-train-steps", 2, "--channels", 16, "--batch-size", 8, "--sample-every", 0]
     assert cli.main([str(a) for a in run]) == 0
-    assert "20 images without labels" in capsys.readouterr().out
+    assert "20 images of 28×28 in grey, values 0 … 150, without labels\n" in capsys.readouterr().out
     sample = ["sample", "--checkpoint", tmp_path / "run", "--num-inference-steps", 2, "--num-images", 2]
     assert cli.main([str(a) for a in (*sample, "--out", tmp_path / "x.npz")]) == 0
     with np.load(tmp_path / "x.npz") as arrays:

@@ -1,19 +1,22 @@
-"""Fashion-MNIST from each source, IDX files that are not what they should be, scaling, batches."""
+"""Fashion-MNIST from each source, IDX files that are others' or not what they should be, scaling, batches."""
 
 import gzip
+import hashlib
 import os
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
+from ddpm_tutorial import data
 from ddpm_tutorial.data import (
     CLASS_NAMES,
     IDX_FILES,
     SAMPLE_FOLDER,
+    ImageData,
     batch_indices,
     load_fashion_mnist,
     load_images,
@@ -22,6 +25,8 @@ from ddpm_tutorial.data import (
     to_model_range,
     to_uint8,
 )
+from ddpm_tutorial.evaluation import measure_samples
+from ddpm_tutorial.trained import load_trained
 
 FULL = Path(os.environ.get("FASHION_MNIST_FOLDER", "/usr/share/datasets/fashion-mnist"))  # Debian's package
 needs_full = pytest.mark.skipif(not FULL.is_dir(), reason="the full Fashion-MNIST is not installed")
@@ -32,29 +37,52 @@ def idx_bytes(array: np.ndarray) -> bytes:
     return header + array.astype(np.uint8).tobytes()
 
 
+def write_idx(folder: Path, split: str, images: np.ndarray, labels: np.ndarray, names=None) -> None:
+    for name, array in zip(names or IDX_FILES[split], (images, labels), strict=True):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(idx_bytes(array))
+
+
+DIGITS = np.arange(20 * 784).reshape(20, 28, 28) % 256, np.arange(20) % 10  # in the place of MNIST
+
+
 @pytest.fixture
 def idx_folder(tmp_path):
     """A folder of four small IDX files: 20 images that count upwards."""
-    images = np.arange(20 * 784).reshape(20, 28, 28) % 256
-    labels = np.arange(20) % 10
-    for image_name, label_name in IDX_FILES.values():
-        (tmp_path / image_name).write_bytes(idx_bytes(images))
-        (tmp_path / label_name).write_bytes(idx_bytes(labels))
+    for split in IDX_FILES:
+        write_idx(tmp_path, split, *DIGITS)
     return tmp_path
 
 
+@pytest.fixture
+def fashion_folder(idx_folder, monkeypatch):
+    """The same folder, as if these were the bytes of Fashion-MNIST."""
+    pixels, labels = (array.astype(np.uint8).tobytes() for array in DIGITS)
+    monkeypatch.setattr(data, "FASHION_SHA256", dict.fromkeys(IDX_FILES, hashlib.sha256(pixels + labels).hexdigest()))
+    return idx_folder
+
+
 # ----------------------------------------------------------------------------------------------- sources
-@pytest.mark.parametrize("split,per_class", [("train", 500), ("test", 100)])
-def test_shipped_sample(split, per_class):
+@pytest.mark.parametrize("split,per_class,sha256", [("train", 500, "3e4733ae"), ("test", 100, "22489d48")])
+def test_shipped_sample(split, per_class, sha256):
     images, labels, class_names = load_fashion_mnist(split, "sample")
     assert images.shape == (10 * per_class, 1, 28, 28) and images.dtype == torch.uint8
     assert labels.dtype == torch.int64 and labels.bincount().tolist() == [per_class] * 10
     assert class_names == CLASS_NAMES
     assert images.min() == 0 and images.max() == 255 and images.float().std() > 50
+    # what the datasets library reads from the same files
+    assert hashlib.sha256(images.numpy().tobytes() + bytes(labels.tolist())).hexdigest().startswith(sha256)
 
 
 def test_shipped_sample_is_at_most_4_mb():
     assert sum(path.stat().st_size for path in SAMPLE_FOLDER.glob("*.parquet")) <= 4_000_000
+
+
+def test_shipped_sample_needs_no_cache_and_shows_no_progress(monkeypatch, capfd):
+    for library in ("datasets", "huggingface_hub"):  # what would make a cache, and progress bars
+        monkeypatch.setitem(sys.modules, library, None)
+    assert len(load_fashion_mnist("test", "sample").images) == 1000
+    assert capfd.readouterr() == ("", "")
 
 
 @needs_full
@@ -66,22 +94,23 @@ def test_sample_is_taken_from_the_full_data(split, count):
     per_class = len(sample) // 10
     first = torch.cat([(labels == c).nonzero().flatten()[:per_class] for c in range(10)]).sort().values
     assert torch.equal(images[first], sample) and torch.equal(labels[first], sample_labels)
+    assert load_images(FULL, split).class_names == CLASS_NAMES
 
 
-def test_idx_folder_plain_and_gzipped_are_equal(idx_folder):
-    images, labels, _ = load_fashion_mnist("train", idx_folder)
+def test_idx_folder_plain_and_gzipped_are_equal(fashion_folder):
+    images, labels, class_names = load_fashion_mnist("train", fashion_folder)
     assert images.flatten()[:300].tolist() == [i % 256 for i in range(300)]
-    assert labels.tolist() == [i % 10 for i in range(20)]
+    assert labels.tolist() == [i % 10 for i in range(20)] and class_names == CLASS_NAMES
     for name in IDX_FILES["train"]:
-        path = idx_folder / name
-        (idx_folder / f"{name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+        path = fashion_folder / name
+        (fashion_folder / f"{name}.gz").write_bytes(gzip.compress(path.read_bytes()))
         path.unlink()
-    zipped, zipped_labels, _ = load_fashion_mnist("train", str(idx_folder))
+    zipped, zipped_labels, _ = load_fashion_mnist("train", str(fashion_folder))
     assert torch.equal(zipped, images) and torch.equal(zipped_labels, labels)
 
 
-def test_environment_variable_sets_the_default_source(idx_folder, monkeypatch):
-    monkeypatch.setenv("DDPM_TUTORIAL_DATA", str(idx_folder))
+def test_environment_variable_sets_the_default_source(fashion_folder, monkeypatch):
+    monkeypatch.setenv("DDPM_TUTORIAL_DATA", str(fashion_folder))
     assert len(load_fashion_mnist("test").images) == 20
     assert len(load_fashion_mnist("test", "sample").images) == 1000  # an argument comes first
 
@@ -94,15 +123,104 @@ def test_unreachable_hub_says_so_and_names_the_other_sources(monkeypatch, tmp_pa
         load_fashion_mnist("train")
 
 
+def test_load_images_gives_fashion_mnist_unchanged(fashion_folder):
+    for source in ("sample", fashion_folder):
+        expected, got = load_fashion_mnist("test", source), load_images(source, "test")
+        assert torch.equal(got.images, expected.images) and torch.equal(got.labels, expected.labels)
+        assert got.class_names == CLASS_NAMES
+    scaled = load_images("sample", "test", image_size=32, channels=3).images
+    assert scaled.shape == (1000, 3, 32, 32) and torch.equal(scaled[:, 0], scaled[:, 2])
+    assert (scaled.float().mean() - load_images("sample", "test").images.float().mean()).abs() < 2
+
+
+# ---------------------------------------------------------------------------------- IDX files of other images
+def test_digits_are_not_called_clothes(idx_folder):
+    """MNIST's files have the names, the sizes and the labels of Fashion-MNIST's."""
+    images, labels, class_names = load_images(idx_folder)
+    assert images.shape == (20, 1, 28, 28) and labels.tolist() == [i % 10 for i in range(20)]
+    assert class_names == tuple("0123456789")
+    with pytest.raises(ValueError, match="not those of Fashion-MNIST's train split; load_images"):
+        load_fashion_mnist("train", idx_folder)
+
+
+def test_digits_are_not_judged_as_clothes(idx_folder):
+    clothes = load_trained(None)
+    with pytest.raises(ValueError, match="knows Fashion-MNIST only"):
+        measure_samples(clothes._replace(class_names=load_images(idx_folder).class_names), str(idx_folder), seed=0)
+    with pytest.raises(ValueError, match="not those of Fashion-MNIST's train split"):
+        measure_samples(clothes, str(idx_folder), seed=0)
+
+
+def test_one_other_pixel_or_label_is_not_fashion_mnist(fashion_folder):
+    for position in range(2):
+        path = fashion_folder / IDX_FILES["train"][position]
+        good = path.read_bytes()
+        path.write_bytes(good[:-1] + b"\x01")
+        assert load_images(fashion_folder).class_names == tuple("0123456789")
+        path.write_bytes(good)
+
+
+def test_idx_files_of_another_size_and_other_classes(tmp_path):
+    """As EMNIST's letters, whose labels are 1 … 26."""
+    labels = np.arange(52) % 26 + 1
+    write_idx(tmp_path, "train", np.ones((52, 64, 48)), labels)
+    images, numbers, class_names = load_images(tmp_path)
+    assert images.shape == (52, 1, 64, 48) and numbers.tolist() == (labels - 1).tolist()
+    assert class_names == tuple(str(i) for i in range(1, 27))
+    assert load_images(tmp_path, image_size=28, channels=3).images.shape == (52, 3, 28, 28)
+
+
+LAYOUTS = {
+    "Kaggle's names": "train-images.idx3-ubyte train-labels.idx1-ubyte",
+    "Kaggle's folders":
+        "train-images-idx3-ubyte/train-images-idx3-ubyte train-labels-idx1-ubyte/train-labels-idx1-ubyte",
+    "torchvision's root": "FashionMNIST/raw/train-images-idx3-ubyte FashionMNIST/raw/train-labels-idx1-ubyte",
+    "torchvision's folder": "raw/train-images-idx3-ubyte raw/train-labels-idx1-ubyte",
+    "EMNIST's names": "emnist-letters-train-images-idx3-ubyte emnist-letters-train-labels-idx1-ubyte",
+    "upper case": "TRAIN-IMAGES-IDX3-UBYTE Train-Labels.idx1-ubyte",
+    "a folder a split": "train/train-images-idx3-ubyte train/train-labels-idx1-ubyte",
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_idx_files(tmp_path, layout):
+    write_idx(tmp_path, "train", *DIGITS, names=LAYOUTS[layout].split())
+    assert load_images(tmp_path).images.flatten()[:300].tolist() == [i % 256 for i in range(300)]
+    with pytest.raises(FileNotFoundError, match="t10k-images-idx3-ubyte nor"):
+        load_images(tmp_path, "test")
+
+
+def test_of_several_idx_files_the_nearest_or_none(tmp_path):
+    for name in ("FashionMNIST", "MNIST"):
+        write_idx(tmp_path / name / "raw", "train", *DIGITS)
+    with pytest.raises(ValueError, match="several IDX files of train images: .*FashionMNIST.* and .*MNIST"):
+        load_images(tmp_path)
+    assert len(load_images(tmp_path / "MNIST").images) == 20
+    write_idx(tmp_path, "train", DIGITS[0][:9], DIGITS[1][:9])
+    for name in IDX_FILES["train"]:  # as torchvision leaves them
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress((tmp_path / name).read_bytes()))
+    assert len(load_images(tmp_path).images) == 9
+
+
 # --------------------------------------------------------------------------------------------- bad files
 def test_wrong_split_and_missing_files(tmp_path, idx_folder):
     with pytest.raises(ValueError, match="'train' or 'test', got 'valid'"):
         load_fashion_mnist("valid", "sample")
-    with pytest.raises(FileNotFoundError, match="no such folder.*'hub', 'sample'"):
+    with pytest.raises(ValueError, match="'train' or 'test', got 'valid'"):
+        load_images(idx_folder, "valid")
+    with pytest.raises(FileNotFoundError, match="no such folder.*'hub' or 'sample'"):
         load_fashion_mnist("train", tmp_path / "nowhere")
     (idx_folder / IDX_FILES["test"][1]).unlink()
     with pytest.raises(FileNotFoundError, match="t10k-labels-idx1-ubyte nor"):
         load_fashion_mnist("test", idx_folder)
+
+
+@pytest.mark.parametrize("load", [load_fashion_mnist, lambda split, source: load_images(source, split)])
+def test_source_that_is_empty_or_a_file(load, idx_folder):
+    with pytest.raises(ValueError, match="the source is empty"):
+        load("train", "")
+    with pytest.raises(NotADirectoryError, match="is a file, not a folder"):
+        load("train", idx_folder / IDX_FILES["train"][0])
 
 
 @pytest.mark.parametrize("keep", [0, 3, 9, 15, 16, 5000])
@@ -117,8 +235,8 @@ def test_truncated_and_damaged_gzip(idx_folder):
     whole = gzip.compress((idx_folder / IDX_FILES["train"][0]).read_bytes())
     (idx_folder / IDX_FILES["train"][0]).unlink()
     path = idx_folder / f"{IDX_FILES['train'][0]}.gz"
-    for data in (whole[: len(whole) // 2], whole[:40] + b"\0" * 40 + whole[80:], whole[:1], b"\x1f\x8b"):
-        path.write_bytes(data)
+    for damaged in (whole[: len(whole) // 2], whole[:40] + b"\0" * 40 + whole[80:], whole[:1], b"\x1f\x8b"):
+        path.write_bytes(damaged)
         with pytest.raises(ValueError, match="train-images"):
             load_fashion_mnist("train", idx_folder)
 
@@ -129,23 +247,20 @@ def test_mislabelled_and_foreign_files(idx_folder):
 
     labels.write_bytes(images.read_bytes())  # images where labels should be
     with pytest.raises(ValueError, match="expected 00 00 08 01"):
-        load_fashion_mnist("train", idx_folder)
+        load_images(idx_folder)
     labels.write_bytes(idx_bytes(np.arange(19) % 10))  # one label too few
     with pytest.raises(ValueError, match="one label each.*19 labels"):
-        load_fashion_mnist("train", idx_folder)
-    labels.write_bytes(idx_bytes(np.arange(20)))  # labels of another data set
-    with pytest.raises(ValueError, match="0 … 9, got 19"):
-        load_fashion_mnist("train", idx_folder)
+        load_images(idx_folder)
     labels.write_bytes(good_labels + b"\0")
     with pytest.raises(ValueError, match="too long"):
-        load_fashion_mnist("train", idx_folder)
-    labels.write_bytes(good_labels)
-    images.write_bytes(idx_bytes(np.zeros((20, 32, 32))))
-    with pytest.raises(ValueError, match=r"28×28 images.*\(20, 32, 32\)"):
-        load_fashion_mnist("train", idx_folder)
+        load_images(idx_folder)
+    labels.write_bytes(idx_bytes(np.zeros(0)))
+    images.write_bytes(idx_bytes(np.zeros((0, 28, 28))))
+    with pytest.raises(ValueError, match=r"\(0, 28, 28\) and 0 labels"):
+        load_images(idx_folder)
     images.write_bytes(b"\x89PNG\r\n\x1a\n and more")
     with pytest.raises(ValueError, match="not an IDX file"):
-        load_fashion_mnist("train", idx_folder)
+        load_images(idx_folder)
 
 
 def test_header_that_claims_a_huge_size_is_an_error(tmp_path):
@@ -155,130 +270,15 @@ def test_header_that_claims_a_huge_size_is_an_error(tmp_path):
         read_idx(path, 3)
 
 
-# ------------------------------------------------------------------------------------------ other images
-def save_picture(path, colour, size=(40, 30), mode="RGB"):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, size, colour).save(path)
-
-
-@pytest.fixture
-def picture_folder(tmp_path):
-    """Two classes, in colour, of one size: three red pictures and two blue ones."""
-    for i in range(3):
-        save_picture(tmp_path / "photos" / "red" / f"{i}.png", (250 - i, 0, 10))
-    for i in range(2):
-        save_picture(tmp_path / "photos" / "blue" / f"{i}.jpg", (0, 0, 200))
-    return tmp_path / "photos"
-
-
-def test_load_images_gives_fashion_mnist_unchanged(idx_folder):
-    for source in ("sample", idx_folder):
-        expected, got = load_fashion_mnist("test", source), load_images(source, "test")
-        assert torch.equal(got.images, expected.images) and torch.equal(got.labels, expected.labels)
-        assert got.class_names == CLASS_NAMES
-    scaled = load_images("sample", "test", image_size=32, channels=3).images
-    assert scaled.shape == (1000, 3, 32, 32) and torch.equal(scaled[:, 0], scaled[:, 2])
-    assert (scaled.float().mean() - load_images("sample", "test").images.float().mean()).abs() < 2
-
-
-def test_folder_with_a_sub_folder_a_class(picture_folder):
-    images, labels, class_names = load_images(picture_folder)
-    assert images.shape == (5, 3, 30, 40) and images.dtype == torch.uint8
-    assert class_names == ("blue", "red") and labels.tolist() == [0, 0, 1, 1, 1]
-    assert images[2:, :, 0, 0].tolist() == [[250, 0, 10], [249, 0, 10], [248, 0, 10]]  # in the order of their names
-
-
-def test_size_and_channels_are_chosen(tmp_path):
-    """The middle square of a picture in three vertical stripes is its middle stripe."""
-    stripes = np.zeros((20, 60, 3), np.uint8)
-    stripes[:, :20], stripes[:, 20:40], stripes[:, 40:] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
-    (tmp_path / "flat").mkdir()
-    Image.fromarray(stripes).save(tmp_path / "flat" / "wide.png")
-    save_picture(tmp_path / "flat" / "tall.png", 255, (10, 50), mode="L")
-    images, labels, class_names = load_images(str(tmp_path / "flat"), image_size=20, channels=3)
-    assert labels is None and class_names == ()
-    assert images.shape == (2, 3, 20, 20) and images[0].min() == 255  # "tall" comes first
-    assert images[1, :, 10, 10].tolist() == [0, 255, 0] and images[1, 1].min() > 120
-    grey = load_images(tmp_path / "flat", image_size=8, channels=1).images
-    assert grey.shape == (2, 1, 8, 8) and grey[0].min() == 255 and 130 < grey[1].float().mean() < 160
-
-
-def test_pictures_that_differ_need_a_size_or_channels(picture_folder):
-    save_picture(picture_folder / "red" / "z.png", (1, 2, 3), (41, 30))
-    with pytest.raises(ValueError, match="z.png is 30×41 in 3 channels, those before are 30×40.*--image-size"):
-        load_images(picture_folder)
-    save_picture(picture_folder / "red" / "z.png", 1, mode="L")
-    with pytest.raises(ValueError, match="z.png is 30×40 in 1 channel,.*--image-channels"):
-        load_images(picture_folder)
-    assert load_images(picture_folder, channels=1).images.shape == (6, 1, 30, 40)
-
-
-def test_splits_are_sub_folders(picture_folder, tmp_path):
-    with pytest.raises(ValueError, match="all of it is the split train"):
-        load_images(picture_folder, "test")
-    picture_folder.rename(tmp_path / "train")
-    save_picture(tmp_path / "test" / "blue" / "0.png", (0, 0, 9), (5, 4))
-    assert len(load_images(tmp_path).images) == 5
-    images, _, class_names = load_images(tmp_path, "test")
-    assert images.shape == (1, 3, 4, 5) and class_names == ("blue",)
-    with pytest.raises(ValueError, match="no split valid; it has test, train"):
-        load_images(tmp_path, "valid")
-
-
-def test_pictures_are_turned_upright(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned by a quarter
-    (tmp_path / "flat").mkdir()
-    Image.new("RGB", (40, 30)).save(tmp_path / "flat" / "turned.jpg", exif=exif)
-    assert load_images(tmp_path / "flat").images.shape == (1, 3, 40, 30)
-
-
-def test_bad_picture_folders(picture_folder, tmp_path):
-    save_picture(picture_folder / "beside.png", (0, 0, 0))
-    with pytest.raises(ValueError, match="images beside sub-folders"):
-        load_images(picture_folder)
-    (picture_folder / "beside.png").unlink()
-    (picture_folder / "red" / "broken.png").write_bytes((picture_folder / "red" / "0.png").read_bytes()[:40])
-    with pytest.raises(ValueError, match="broken.png is no image"):
-        load_images(picture_folder)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="empty holds neither train-images-idx3-ubyte nor images"):
-        load_images(tmp_path / "empty")
-    with pytest.raises(FileNotFoundError, match="no such folder.*owner/name"):
-        load_images(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="1 .grey. or 3 .colour., got 2"):
-        load_images("sample", channels=2)
-    with pytest.raises(ValueError, match="at least 1, got 0"):
-        load_images("sample", image_size=0)
-
-
-def test_data_set_of_the_hub(monkeypatch):
-    """By the columns that datasets says are images and class labels, whatever their names."""
-    import datasets
-
-    kinds = datasets.ClassLabel(names=["cat", "dog"])
-    features = {"id": datasets.Value("int64"), "img": datasets.Image(), "kind": kinds}
-    rows = {"id": [7, 8], "img": [Image.new("RGB", (6, 4), c) for c in ("red", "blue")], "kind": [1, 0]}
-    table = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
-    asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: asked.append((name, split)) or table)
-    images, labels, class_names = load_images("somebody/pets", "test")
-    assert asked == [("somebody/pets", "test")]
-    assert images[:, :, 0, 0].tolist() == [[255, 0, 0], [0, 0, 255]] and images.shape == (2, 3, 4, 6)
-    assert labels.tolist() == [1, 0] and class_names == ("cat", "dog")
-
-    table = table.remove_columns("kind")
-    assert load_images("somebody/pets").labels is None
-    table = table.remove_columns("img")
-    with pytest.raises(ValueError, match="no column of images; it has id"):
-        load_images("somebody/pets")
-
-
-def test_unreachable_data_set_of_the_hub(monkeypatch, tmp_path):
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
-    with pytest.raises(ConnectionError, match="no folder nobody/nothing, and the hub's could not be read"):
-        load_images("nobody/nothing")
+def test_what_was_found_in_one_line():
+    two = ImageData(torch.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5).byte(), torch.tensor([0, 1]), ("cat", "dog"))
+    assert two.describe() == "2 images of 4×5 in colour, values 0 … 119, 2 classes (cat, dog)"
+    one = ImageData(two.images[:1, :1], None, ())
+    one.left_out = "6 files with other endings (.heic)"
+    told = "1 image of 4×5 in grey, values 0 … 19, without labels; left out: 6 files with other endings (.heic)"
+    assert one.describe() == told
+    many = ImageData(two.images, two.labels, tuple(str(i) for i in range(11)))
+    assert many.describe().endswith("11 classes (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, …)")
 
 
 # ------------------------------------------------------------------------------------ scaling and batches
