@@ -21,8 +21,7 @@ os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read when torch is 
 from .arguments import build_parser
 from .settings import FREE, RunSettings, TrainConfig
 
-# SIGHUP: its terminal was closed. Windows has no SIGHUP, but SIGBREAK.
-STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
+STOPPING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # where they exist: Windows has the last, others SIGHUP
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "overflow")
 
 
@@ -192,11 +191,12 @@ def _checksum(data) -> str:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Ctrl-C and the like, kept in a list instead of ending the process."""
+    """Ctrl-C, a closed terminal and the like, kept in a list instead of ending the process."""
     caught: list[int] = []
+    numbers = [getattr(signal, name) for name in STOPPING if hasattr(signal, name)]
     before = {
         number: signal.signal(number, lambda number, _frame: caught.append(number))
-        for number in STOPPING
+        for number in numbers
         if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN  # nohup ignores SIGHUP
     }
     try:

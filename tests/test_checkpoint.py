@@ -1,7 +1,11 @@
 """Checkpoints: a stopped run goes on exactly, and no crash, full disk or damaged file makes one that lies."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -213,3 +217,92 @@ def test_state_of_before_fp16_was_saved_still_resumes(data, tmp_path):
     save_file(load_file(tmp_path / STATE_FILE), tmp_path / STATE_FILE, metadata={"step": "1", "averaged": "1"})
     assert next(train(*new_run(), *data, config, resume_from=tmp_path)).step == 2
     assert json.loads((tmp_path / "training.json").read_text())["step"] == 1
+
+
+# ------------------------------------------------------------------------------------------ values, platforms
+@pytest.mark.parametrize("damage", ["nan", "int8", "no exp_avg_sq", "other shape", "another's", "step", "averaged"])
+def test_state_that_would_not_go_on_is_refused(data, tmp_path, damage):
+    model, diffusion = new_run()
+    save_checkpoint(next(train(model, diffusion, *data, CONFIG)), diffusion, tmp_path, {})
+    tensors, metadata = load_file(tmp_path / STATE_FILE), {"step": "1", "averaged": "1"}
+    name = next(name for name in tensors if name.endswith("exp_avg"))
+    if damage == "nan":
+        tensors[name].view(-1)[0] = float("nan")
+    elif damage == "int8":
+        tensors[name] = tensors[name].to(torch.int8)
+    elif damage == "no exp_avg_sq":
+        del tensors[f"{name}_sq"]
+    elif damage == "other shape":
+        tensors[name] = torch.zeros(1)
+    elif damage == "another's":
+        tensors["other.weight"] = torch.zeros(1)
+    else:
+        metadata[damage] = "-1"
+    save_file(tensors, tmp_path / STATE_FILE, metadata=metadata)
+    with pytest.raises(ValueError, match=f"{STATE_FILE} is damaged"):
+        next(train(*new_run(), *data, CONFIG, resume_from=tmp_path))
+
+
+def test_weights_that_are_not_finite_replace_no_checkpoint(data, tmp_path):
+    model, diffusion = new_run()
+    states = train(model, diffusion, *data, CONFIG)
+    save_checkpoint(next(states), diffusion, tmp_path, {})
+    state = next(states)
+    with torch.no_grad():
+        state.ema.module.conv_out.bias[0] = float("inf")
+    with pytest.raises(FloatingPointError, match="step 2: ema.conv_out.bias is not finite"):
+        save_checkpoint(state, diffusion, tmp_path, {})
+    assert read_training_info(tmp_path)["step"] == 1 and not list(tmp_path.glob(".writing-*"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc/self")
+def test_rules_of_windows(data, tmp_path, monkeypatch):
+    """There only a file open for writing can be flushed, and none that is open, or mapped into memory, be replaced."""
+    import fcntl  # Windows has none
+
+    sync, replace_file, checked = os.fsync, os.replace, []
+
+    def fsync(descriptor):
+        assert fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
+        sync(descriptor)
+
+    def replacing(source, target):
+        held = {os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")}
+        maps = open("/proc/self/maps", encoding="utf-8").read()
+        for path in map(os.path.realpath, (source, target)):
+            assert path not in held and path not in maps, path
+        checked.append(Path(target).name)
+        replace_file(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replacing)
+    options = {"checkpoint_every": 4, "sample_every": 4}
+    train_to_folder(*new_run(), *data, replace(CONFIG, num_train_steps=4), tmp_path, **options)
+    (tmp_path / "samples" / "step-000004.png").unlink()  # so that resuming reads the model, too
+    train_to_folder(*new_run(), *data, CONFIG, tmp_path, resume=True, **options)
+    assert checked.count(STATE_FILE) == 2 and checked.count("model.safetensors") == 2 and "step-000004.png" in checked
+
+
+HOLDER = """
+import sys, time
+from filelock import FileLock
+with FileLock(sys.argv[1], timeout=0):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_run_in_a_folder_is_refused_and_a_killed_one_locks_nothing(data, tmp_path):
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path / ".lock"], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        for _ in range(2):  # a refused one must not let go of the other's lock
+            with pytest.raises(ValueError, match=f"another run is writing to {tmp_path}"):
+                train_to_folder(*new_run(), *data, CONFIG, tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    finally:
+        holder.kill()
+        holder.wait()
+    assert (tmp_path / ".lock").exists()
+    train_to_folder(*new_run(), *data, replace(CONFIG, num_train_steps=1), tmp_path, sample_every=0)
+    assert not (tmp_path / ".lock").exists()
