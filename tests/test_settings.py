@@ -75,7 +75,9 @@ def test_what_a_training_json_must_not_hold_is_named(tmp_path, place, value):
     assert "\n" not in str(caught.value) and (place[-1] in str(caught.value) or len(place) == 1)
 
 
-@pytest.mark.parametrize("contents", [b"", b"{", b"5", b"[]", b"\xff\xfe", b"[" * 100_000, b'{"step": %s}' % (b"9" * 5000)])
+@pytest.mark.parametrize(
+    "contents", [b"", b"{", b"5", b"[]", b"\xff\xfe", b"[" * 100_000, b'{"step": %s}' % (b"9" * 5000)]
+)
 def test_a_training_json_that_is_none(tmp_path, contents):
     (tmp_path / "training.json").write_bytes(contents)
     with pytest.raises(ValueError, match="training.json is damaged"):
