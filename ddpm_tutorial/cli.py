@@ -105,7 +105,7 @@ def run_train(out: Path, resume: bool = False, **given) -> int:
         from .unet import UNet
 
     in_main_process(lambda: check_run_folder(out, resume))  # before the data is read, which may take minutes
-    saved = read_training_info(out) if resume else {}
+    saved = read_training_info(out) if resume else None
     begun = saved_step(out) if resume else 0
     run, config = _settings(out, saved, given)
     source = run.data or os.environ.get(SOURCE_VARIABLE) or "hub"
@@ -118,7 +118,7 @@ def run_train(out: Path, resume: bool = False, **given) -> int:
         "checksum": _checksum(data),
     }
     for name, value in trained_on.items():
-        if name in saved and saved[name] != value:
+        if saved and saved.get(name, value) != value:
             before = saved["run"].get("data") or "hub"
             raise ValueError(
                 f"the run in {out} was trained on other data: {name} {saved[name]} from {before}, and now {value} "
@@ -165,15 +165,17 @@ def run_train(out: Path, resume: bool = False, **given) -> int:
     return 0
 
 
-def _settings(out: Path, saved: dict, given: dict) -> tuple[RunSettings, TrainConfig]:
+def _settings(out: Path, saved: dict | None, given: dict) -> tuple[RunSettings, TrainConfig]:
     """The settings of a new run, or those ``saved`` of the one in ``out``, with what is ``given``."""
-    if saved and not {"run", "config"} <= set(saved):
-        raise ValueError(f"the training.json in {out} is not of a run of this command: it has no run or no config")
-    run, config = RunSettings(**saved.get("run", {})), TrainConfig(**saved.get("config", {}))
-    before = asdict(run) | asdict(config)
-    if saved and (changed := [name for name, value in given.items() if name not in FREE and before[name] != value]):
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
-        raise ValueError(f"the run in {out} was started with another {options}; --resume keeps its own")
+    run, config = RunSettings(), TrainConfig()
+    if saved is not None:
+        if not {"run", "config"} <= set(saved):
+            raise ValueError(f"the training.json in {out} is not of a run of this command: it has no run or no config")
+        run, config = RunSettings(**saved["run"]), TrainConfig(**saved["config"])
+        before = asdict(run) | asdict(config)
+        if changed := [name for name, value in given.items() if name not in FREE and before[name] != value]:
+            options = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
+            raise ValueError(f"the run in {out} was started with another {options}; --resume keeps its own")
 
     def with_given(part):
         return replace(part, **{name: value for name, value in given.items() if hasattr(part, name)})

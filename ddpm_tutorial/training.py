@@ -42,7 +42,7 @@ from .diffusion import GaussianDiffusion, check_made_for
 from .guidance import classifier_free, drop_labels
 from .losses import draw_timesteps, target_loss, timestep_probabilities
 from .sampling import sample_ddim, sample_images
-from .settings import TrainConfig
+from .settings import TrainConfig, check_info
 from .unet import UNet
 
 __all__ = [
@@ -309,6 +309,7 @@ def train_to_folder(
     out, main = Path(out), processes().is_main_process
     steps = train(model, diffusion, images, labels, config, resume_from=out if resume else None)
     info = {**(info or {}), "config": asdict(config)}
+    check_info(info)  # what is written can be read
 
     def grid_is_due(step: int) -> bool:
         return sample_every > 0 and (step % sample_every == 0 or step == config.num_train_steps)
