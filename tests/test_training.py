@@ -262,6 +262,15 @@ def test_on_a_gpu_the_step_is_left_out_at_once_and_the_error_comes_when_the_loss
         list(states)  # at the end at the latest
 
 
+def test_a_run_in_a_folder_asks_before_each_row_and_checkpoint(data, tmp_path, monkeypatch):
+    """Beside the loop, which on a GPU asks at the end only: so no row and no checkpoint is of a step after a bad one."""
+    asked = []
+    monkeypatch.setattr(TrainState, "check", lambda self: asked.append(self.step))
+    config = replace(CONFIG, num_train_steps=7)
+    train_to_folder(*new_run(), *data, config, tmp_path, log_every=3, checkpoint_every=5, sample_every=0)
+    assert sorted(asked) == [1, 2, 3, 3, 4, 5, 5, 5, 6, 6, 7, 7, 7]  # save_checkpoint asks for itself, too
+
+
 # ----------------------------------------------------------------------------------- devices and several processes
 class Copies(TorchDispatchMode):
     """The copies between devices, and what has been float64, on a device that is not the CPU."""
