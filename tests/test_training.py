@@ -263,7 +263,7 @@ def test_on_a_gpu_the_step_is_left_out_at_once_and_the_error_comes_when_the_loss
 
 
 def test_a_run_in_a_folder_asks_before_each_row_and_checkpoint(data, tmp_path, monkeypatch):
-    """Beside the loop, which on a GPU asks at the end only: so no row and no checkpoint is of a step after a bad one."""
+    """Beside the loop, which on a GPU asks at the end only: no row or checkpoint is of a step after a bad one."""
     asked = []
     monkeypatch.setattr(TrainState, "check", lambda self: asked.append(self.step))
     config = replace(CONFIG, num_train_steps=7)
