@@ -8,6 +8,7 @@ sample grids and checkpoints, and is what the command line calls. Both run on on
 import contextlib
 import copy
 import csv
+import inspect
 import math
 import os
 import sys
@@ -163,9 +164,7 @@ def train_steps(
     done = 0 if resume_from is None else load_state(resume_from, model, ema, optimizer, scaler)
     batches = training_batches(images.to(device), labels, model.num_classes, diffusion, config, done)
     network = _compiled(model, autocast, images[: config.batch_size // world], layout) if config.compile else model
-    if world > 1:
-        places = [device] if device.type == "cuda" else None
-        network = DistributedDataParallel(network, device_ids=places, broadcast_buffers=False)  # they are constants
+    network = _distributed(network, device) if world > 1 else network
     bad_step = torch.zeros((), dtype=torch.long, device=device)  # the first that was not finite; 0: none
 
     for step, x_0, t, noise, y in batches:
@@ -206,8 +205,8 @@ def training_batches(
     """Lines 2 to 4 of algorithm 1: (step, x_0, t, noise, labels) of each step after the first ``done``, where the
     uint8 ``images`` are. Some labels are dropped, for classifier-free guidance.
 
-    Each of several processes draws the whole batch and takes its share: the same run for any number of them. Theirs are
-    every second item, or third: t rises through the batch, and each process is to have small ones and large ones.
+    Each of several processes draws the whole batch, so that the run is the same for any number of them, and takes every
+    ``world``-th item of it: t rises through the batch, and each process is to have small ones and large ones.
     """
     device, rank, world = images.device, processes().process_index, processes().num_processes
     probabilities = timestep_probabilities(diffusion, config.target)
@@ -231,7 +230,7 @@ def _moved(tensor: Tensor, device: torch.device) -> Tensor:
 
 def _step_if(finite: Tensor, optimizer: torch.optim.Optimizer) -> None:
     """``optimizer.step()``, left out (weights, moments and count stay) where ``finite`` is false. A fused optimizer
-    reads this on the device, by the flag that gradient scalers give it; for others the CPU waits."""
+    reads this on the device, from the flag that ``GradScaler.step`` gives it too; for others the CPU waits."""
     if optimizer.defaults["fused"]:
         optimizer.found_inf = (~finite).float()
         optimizer.step()
@@ -278,6 +277,13 @@ def _compiled(model: UNet, autocast: torch.autocast, images: Tensor, layout: tor
         network = model
     model.zero_grad(set_to_none=True)
     return network
+
+
+def _distributed(network: nn.Module, device: torch.device) -> nn.Module:
+    """``DistributedDataParallel``: averages gradients over the processes. Buffers are constants, and are not sent."""
+    newer = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    buffers = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
+    return DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None, **buffers)
 
 
 # --------------------------------------------------------------------------------------- a run in a folder

@@ -265,6 +265,15 @@ def test_on_a_gpu_the_step_is_left_out_at_once_and_the_error_comes_when_the_loss
         list(states)  # at the end at the latest
 
 
+def test_a_run_in_a_folder_asks_before_each_row_and_checkpoint(data, tmp_path, monkeypatch):
+    """Beside the loop, which on a GPU asks at the end only: no row or checkpoint is of a step after a bad one."""
+    asked = []
+    monkeypatch.setattr(TrainState, "check", lambda self: asked.append(self.step))
+    config = replace(CONFIG, num_train_steps=7)
+    train_to_folder(*new_run(), *data, config, tmp_path, log_every=3, checkpoint_every=5, sample_every=0)
+    assert sorted(asked) == [1, 2, 3, 3, 4, 5, 5, 5, 6, 6, 7, 7, 7]  # save_checkpoint asks for itself, too
+
+
 # ----------------------------------------------------------------------------------- devices and several processes
 class Copies(TorchDispatchMode):
     """The copies between devices, and what has been float64, on a device that is not the CPU."""
@@ -347,16 +356,22 @@ def test_processes_share_the_batch_of_one(data, monkeypatch):
 
 
 def test_processes_do_not_send_each_other_the_tables(data, monkeypatch):
-    options = {}
+    """The option has another name in newer versions of PyTorch."""
+    sent = []
 
-    def distributed(network, **given):
-        options.update(given)
-        return network
+    class Newer:
+        def __new__(cls, network, device_ids, forward_sync_buffers=True):
+            return sent.append(forward_sync_buffers) or network
+
+    class Older:
+        def __new__(cls, network, device_ids, broadcast_buffers=True):
+            return sent.append(broadcast_buffers) or network
 
     as_process(0, 2, monkeypatch)
-    monkeypatch.setattr(training, "DistributedDataParallel", distributed)
-    next(train(*new_run(), *data, CONFIG))
-    assert options == {"device_ids": None, "broadcast_buffers": False}
+    for version in (Newer, Older):
+        monkeypatch.setattr(training, "DistributedDataParallel", version)
+        next(train(*new_run(), *data, CONFIG))
+    assert sent == [False, False]
 
 
 def test_no_two_parts_of_a_run_share_a_stream(data, monkeypatch):
