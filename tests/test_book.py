@@ -6,10 +6,17 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "book").glob("*.ipynb"))
-REPOSITORY = re.search(r"url: https://github.com/(\S+)", (ROOT / "_config.yml").read_text()).group(1)
+
+
+def read(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+REPOSITORY = re.search(r"url: https://github.com/(\S+)", read("_config.yml")).group(1)
 PLACES = ["README.md", "CITATION.cff", "pyproject.toml", "book/index.md"]
 
 
@@ -32,12 +39,12 @@ def markdown(notebook):
 
 
 def test_seven_chapters_are_in_the_table_of_contents():
-    toc = (ROOT / "_toc.yml").read_text()
+    toc = read("_toc.yml")
     assert len(NOTEBOOKS) >= 7
     for path in NOTEBOOKS:
         assert f"book/{path.stem}\n" in toc
-        assert path.name in (ROOT / "book" / "index.md").read_text()
-        assert path.name in (ROOT / "README.md").read_text()
+        assert path.name in read("book/index.md")
+        assert path.name in read("README.md")
 
 
 def test_notebook_is_valid_and_has_stable_metadata(path, notebook):
@@ -47,11 +54,11 @@ def test_notebook_is_valid_and_has_stable_metadata(path, notebook):
     assert path.stat().st_size < 4_000_000
 
 
-def test_begins_with_title_and_colab_badge(path, notebook):
+def test_begins_with_title_and_colab_link(path, notebook):
     first = notebook.cells[0]
     assert first.cell_type == "markdown" and first.source.startswith("# ")
-    badge = f"https://colab.research.google.com/github/{REPOSITORY}/blob/main/book/{path.name}"
-    assert badge in first.source
+    link = f"https://colab.research.google.com/github/{REPOSITORY}/blob/main/book/{path.name}"
+    assert link in first.source
     assert f"git+https://github.com/{REPOSITORY}" in code_cells(notebook)[0].source
     assert sum(len(re.findall(r"^# ", text, re.M)) for text in markdown(notebook)) == 1
 
@@ -69,6 +76,7 @@ def test_outputs_are_committed_and_free_of_errors(notebook):
     assert any("image/png" in output.get("data", {}) for output in outputs)
     for output in outputs:
         assert output.output_type != "error"
+        assert not any("widget" in kind for kind in output.get("data", {})), "a widget (a progress bar?) needs a kernel"
         text = str(output.get("text", "")) + str(output.get("data", {}).get("text/plain", ""))
         assert "Traceback" not in text and "Warning:" not in text
         assert not re.search(r"/(home|root|tmp|work|Users)/\w", text), "a machine's path in an output"
@@ -108,7 +116,7 @@ def test_has_exercises_with_solutions_a_quiz_and_further_reading(path, notebook)
     assert re.search(r"arxiv.org/abs/|arXiv:\d", text) and re.search(r"^## .*[Rr]ead next", text, re.M)
     chapter = path.stem[:2]
     assert any(f'show_quiz("{chapter}")' in cell.source for cell in code_cells(notebook))
-    quiz = json.loads((ROOT / "ddpm_tutorial" / "quizzes" / f"{chapter}.json").read_text(encoding="utf-8"))
+    quiz = json.loads(read(f"ddpm_tutorial/quizzes/{chapter}.json"))
     assert len(quiz) >= 4
     for question in quiz:
         answers = question["answers"]
@@ -123,15 +131,26 @@ def test_links_between_pages_exist(notebook):
 
 def test_repository_has_one_name():
     for place in PLACES:
-        text = (ROOT / place).read_text()
+        text = read(place)
         for found in re.findall(r"(?:github\.com|colab\.research\.google\.com/github)/([\w.-]+/ddpm-tutorial)", text):
             assert found == REPOSITORY, place
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / ".github" / "workflows").glob("*.yml")), ids=lambda path: path.stem)
+def test_workflow_may_do_little(path):
+    """Actions are pinned to a commit, and no job that runs code of the repository may write."""
+    workflow = yaml.safe_load(read(path))
+    assert workflow["permissions"] == {"contents": "read"}
+    for job in workflow["jobs"].values():
+        assert "timeout-minutes" in job
+        assert "permissions" not in job or not any("run" in step or "checkout" in step["uses"] for step in job["steps"])
+    assert all(re.fullmatch(r"[\w/-]+@[0-9a-f]{40} # v\d\S+", uses) for uses in re.findall("uses: (.+)", read(path)))
+
+
 def test_names_in_the_notation_exist():
     """Each name in the third column of notation.md is one of the package's, so the table cannot rot."""
-    source = "".join(path.read_text() for path in (ROOT / "ddpm_tutorial").glob("*.py"))
-    rows = re.findall(r"^\|[^|]*\|[^|]*\|([^|]*)\|[^|]*\|$", (ROOT / "book" / "notation.md").read_text(), re.M)
+    source = "".join(map(read, (ROOT / "ddpm_tutorial").glob("*.py")))
+    rows = re.findall(r"^\|[^|]*\|[^|]*\|([^|]*)\|[^|]*\|$", read("book/notation.md"), re.M)
     names = {name for row in rows for name in re.findall(r"`(\w+)", row)}
     assert len(names) > 20
     assert not {name for name in names if not re.search(rf"\b{name}\b", source)}
