@@ -1,6 +1,7 @@
 """A trained model as the command line uses it: load it, draw images for labels, write and read them."""
 
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -43,7 +44,8 @@ def load_trained(folder: str | None) -> Trained:
     if not folder.is_dir():
         raise FileNotFoundError(f"no checkpoint in {folder}: there is no such folder")
     device, model = processes().device, UNet.from_pretrained(folder)
-    with reading(folder / "diffusion.safetensors", "noise schedule"):
+    with reading(folder / "diffusion.safetensors", "noise schedule"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one that never reaches noise: that was told when it was trained
         diffusion = GaussianDiffusion.from_pretrained(folder)
     info = read_training_info(folder) if (folder / INFO_FILE).exists() else {}
     shape = info.get("image_shape") or [model.in_channels, 28, 28]  # without a word, it was Fashion-MNIST
