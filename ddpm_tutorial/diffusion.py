@@ -6,12 +6,14 @@ data (``betas[0] = 0``, ``alphas_cumprod[0] = 1``). Libraries that count from 0 
 DDPM: Ho, Jain, Abbeel, "Denoising Diffusion Probabilistic Models", 2020, arXiv:2006.11239.
 """
 
+import contextlib
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -20,12 +22,34 @@ from torch import Tensor, nn
 SHIPPED_WEIGHTS = Path(__file__).parent / "weights"  # the checkpoint that comes with the package
 TARGETS = ("noise", "v", "x_0")  # what a network may learn: one gives the others (chapter 3)
 MAX_SQRT_ALPHA_BAR_T = 0.05  # above this, x_T still shows the data and is not the N(0, I) that sampling starts from
+MAX_COUNT = 1_000_000  # of timesteps, channels, …: what is larger is a slip, and would end in torch's words for it
+
+
+# -------------------------------------------------------------------------------------- what may be given
+def check_counts(**counts: int) -> None:
+    """ValueError names the first of these that is not an integer in 1 … ``MAX_COUNT``."""
+    for name, count in counts.items():
+        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_COUNT:
+            raise ValueError(f"{name} must be an integer of at least 1, at most {MAX_COUNT}, got {count!r}")
+
+
+def check_floats(**tensors: Tensor) -> None:
+    """ValueError names the first of these that is no tensor of floats: uint8 images, say."""
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            given = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"{name} must be floats, got {given} (data.to_model_range makes float images of uint8)")
+
+
+def holds_integers(x: Tensor) -> bool:
+    """Whether the tensor's dtype is one of integers; booleans are none."""
+    return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
 
 
 # --------------------------------------------------------------------------------------- beta schedules
 def _scaled_range(num_timesteps: int, name: str) -> tuple[float, float]:
     """The ends of DDPM's linear schedule, (1e-4, 0.02) at T = 1000, scaled by 1000/T so that x_T is noise at any T."""
-    _check_count(num_timesteps)
+    check_counts(num_timesteps=num_timesteps)
     scale = 1000 / num_timesteps
     start, end = scale * 1e-4, scale * 0.02
     if end >= 1:
@@ -34,11 +58,6 @@ def _scaled_range(num_timesteps: int, name: str) -> tuple[float, float]:
             "so T must be at least 21 (cosine_beta_schedule allows fewer)"
         )
     return start, end
-
-
-def _check_count(num_timesteps: int) -> None:
-    if isinstance(num_timesteps, bool) or not isinstance(num_timesteps, int) or num_timesteps < 1:
-        raise ValueError(f"num_timesteps must be an integer of at least 1, got {num_timesteps!r}")
 
 
 def linear_beta_schedule(num_timesteps: int) -> Tensor:
@@ -65,7 +84,7 @@ def cosine_beta_schedule(num_timesteps: int, s: float = 0.008, max_beta: float =
 
     Nichol, Dhariwal, "Improved DDPM", 2021, arXiv:2102.09672, eq. 17. Returns β_1 … β_T, (T,) float64.
     """
-    _check_count(num_timesteps)
+    check_counts(num_timesteps=num_timesteps)
     u = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
     f = torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2
     return (1 - f[1:] / f[:-1]).clamp(max=max_beta)
@@ -81,9 +100,14 @@ SCHEDULES = {
 
 def beta_schedule(name: str, num_timesteps: int = 1000) -> Tensor:
     """The schedule of that name, β_1 … β_T, (T,) float64. ValueError names the known ones."""
-    if name not in SCHEDULES:
+    if name not in list(SCHEDULES):  # a list, for names that cannot be hashed
         raise ValueError(f"unknown schedule {name!r}; the known ones are {', '.join(SCHEDULES)}")
     return SCHEDULES[name](num_timesteps)
+
+
+def alpha_bars(name: str, num_timesteps: int) -> Tensor:
+    """ᾱ_0 = 1, ᾱ_1, …, ᾱ_T of the schedule of that name, (T + 1,) float64."""
+    return F.pad((1 - beta_schedule(name, num_timesteps)).cumprod(0), (1, 0), value=1.0)
 
 
 # ----------------------------------------------------------------------------------- the diffusion itself
@@ -97,7 +121,8 @@ class GaussianDiffusion(nn.Module):
 
     def __init__(self, betas: Tensor):
         super().__init__()
-        betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
+        betas = betas.cpu() if isinstance(betas, Tensor) else betas  # before float64, which Apple's GPUs do not have
+        betas = torch.as_tensor(betas, dtype=torch.float64)
         if betas.ndim != 1 or len(betas) < 1:
             raise ValueError(f"betas must have shape (T,) with T at least 1, got {tuple(betas.shape)}")
         if not ((betas > 0) & (betas < 1)).all():
@@ -154,22 +179,24 @@ class GaussianDiffusion(nn.Module):
     def at(self, table: Tensor, t: int | Tensor, like: Tensor, first: int = 1) -> Tensor:
         """``table[t]``, shaped to multiply ``like`` (B, …): (B, 1, …), or a scalar for an int ``t``.
 
-        ValueError where t is outside first … T, or is not one integer for each item of the batch.
+        ValueError where t is outside first … T, or is not one integer for each item of the batch. The range is not
+        checked on a GPU, where the host would have to wait, nor by ``torch.compile``, whose graph would break.
         """
-        if isinstance(t, int):
+        if isinstance(t, Tensor) and t.shape == like.shape[:1] and holds_integers(t):
+            seen = t.device.type == "cpu" and len(t) > 0 and not torch.compiler.is_compiling()
+            low, high = (t.min().item(), t.max().item()) if seen else (first, first)
+        elif isinstance(t, int) and not isinstance(t, bool):
             low = high = t
         else:
-            if t.shape != like.shape[:1] or t.is_floating_point():
-                raise ValueError(
-                    f"t must be an int, or integers of shape ({like.shape[0]},) for a batch of {like.shape[0]}; "
-                    f"got {t.dtype} of shape {tuple(t.shape)}"
-                )
-            low, high = (t.min().item(), t.max().item()) if len(t) else (first, first)
+            given = f"{t.dtype} of shape {tuple(t.shape)}" if isinstance(t, Tensor) else repr(t)
+            raise ValueError(
+                f"t must be an int, or integers of shape ({like.shape[0]},) for a batch of {like.shape[0]}; got {given}"
+            )
         if low < first or high > self.num_timesteps:
             raise ValueError(f"t must lie in {first} … {self.num_timesteps}, got values from {low} to {high}")
         if isinstance(t, int):
             return table[t]
-        return table[t.to(table.device)].view(-1, *[1] * (like.ndim - 1))  # (B, 1, …, 1)
+        return table[t.to(table.device, torch.long)].view(-1, *[1] * (like.ndim - 1))  # (B, 1, …, 1)
 
     # ---------------------------------------------------------------------------------- the forward process
     def q_step(self, x_prev: Tensor, t: int | Tensor, noise: Tensor) -> Tensor:
@@ -264,12 +291,43 @@ def randn_like(x: Tensor, generator: torch.Generator | Sequence[torch.Generator]
         if len(generator) != len(x):
             raise ValueError(f"{len(x)} items need as many generators, got {len(generator)}")
         return torch.stack([randn_like(item, own) for item, own in zip(x, generator, strict=True)])
+    check_floats(x=x)
     device = generator.device if generator is not None else x.device
     return torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
 
 
 def _same_shape(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
+    check_floats(**{name_a: a, name_b: b})
     if a.shape != b.shape:
         raise ValueError(
             f"{name_a} and {name_b} must have one shape, got {tuple(a.shape)} and {tuple(b.shape)}"
         )
+
+
+# ------------------------------------------------------------------------- which diffusion a network was made for
+def check_made_for(model: Callable, diffusion: GaussianDiffusion, target: str | None = None) -> None:
+    """ValueError where a noise model was made for another diffusion, or, if one is given, for another ``target``.
+
+    A ``UNet`` says by its table ``signal`` (√ᾱ_t) what it was made for, and a guided model by the models it ``asks``
+    (``guidance.asking``). A function that says nothing fits everywhere.
+    """
+    for asked in getattr(model, "asks", ()):
+        check_made_for(asked, diffusion, target)
+    if (signal := getattr(model, "signal", None)) is not None:
+        own, given = signal.cpu().double(), diffusion.sqrt_alphas_cumprod.cpu().double()
+        if own.shape != given.shape or not torch.allclose(own, given, atol=1e-5):
+            raise ValueError(
+                f"the network was made for {_described(own)}, and the diffusion has {_described(given)}: "
+                "its answers would be wrong"
+            )
+    if target is not None and (made_for := getattr(model, "target", target)) != target:
+        raise ValueError(f"the network was made for the target {made_for!r}, and the configuration has {target!r}")
+
+
+def _described(signal: Tensor) -> str:
+    """T, and the name of the schedule if it is one of ours, in words."""
+    T, name = len(signal) - 1, "a schedule without a name"
+    for known in SCHEDULES:
+        with contextlib.suppress(ValueError):  # this one has no such T
+            name = f"the {known} schedule" if torch.allclose(alpha_bars(known, T).sqrt(), signal, atol=1e-5) else name
+    return f"T = {T} ({name})"

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .diffusion import GaussianDiffusion, randn_like
-from .guidance import NoiseModel
-from .sampling import SampleStep
+from .diffusion import GaussianDiffusion, check_counts, check_floats, check_made_for, randn_like
+from .guidance import NoiseModel, asking
+from .sampling import SampleStep, checked_at_the_call
 
 
 def keep_known(model: NoiseModel, diffusion: GaussianDiffusion, known: Tensor, mask: Tensor) -> NoiseModel:
@@ -20,7 +20,10 @@ def keep_known(model: NoiseModel, diffusion: GaussianDiffusion, known: Tensor, m
     """
     if mask.dtype != torch.bool:
         raise ValueError(f"mask must be boolean, true where the image is known; got {mask.dtype}")
+    check_floats(known=known)
+    check_made_for(model, diffusion)
 
+    @asking(model)
     def masked(x_t: Tensor, t: int | Tensor) -> Tensor:
         noise = diffusion.predict_noise(x_t, t, known.to(x_t).expand_as(x_t))
         return torch.where(mask.to(x_t.device), noise, model(x_t, t))
@@ -28,6 +31,12 @@ def keep_known(model: NoiseModel, diffusion: GaussianDiffusion, known: Tensor, m
     return masked
 
 
+def _check_loops(sampler, diffusion: GaussianDiffusion, x_T, num_loops: int, **_others) -> None:
+    check_counts(num_loops=num_loops)
+    sampler(x_T=x_T, start=diffusion.num_timesteps)  # says what is wrong, and runs no step
+
+
+@checked_at_the_call(_check_loops)
 def resample(
     sampler: Callable[..., Iterator[SampleStep]],
     diffusion: GaussianDiffusion,
@@ -45,8 +54,6 @@ def resample(
     ``partial(sample_ddim, keep_known(model, …), diffusion, shape)``. Yields every step; t goes down and up, the last
     x_t is the sample. Each evaluation of the model counts ``num_loops`` times.
     """
-    if num_loops < 1:
-        raise ValueError(f"num_loops must be at least 1, got {num_loops}")
     x_t, t = x_T, diffusion.num_timesteps
     while t > 0:
         step = next(sampler(x_T=x_t, start=t))

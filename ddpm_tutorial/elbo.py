@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .diffusion import GaussianDiffusion, randn_like
+from .diffusion import GaussianDiffusion, check_counts, check_floats, check_made_for, randn_like
 
 HALF_LEVEL = 1 / 255  # half the distance between two grey levels in [−1, 1]
 
@@ -76,6 +76,14 @@ def _variance_table(diffusion: GaussianDiffusion, variance: str | Tensor) -> Ten
     return variance.to(diffusion.betas)
 
 
+def _check_data(x_0: Tensor) -> None:
+    """ValueError for images (B, C, H, W) that are not grey levels scaled to [−1, 1]; other data may be any floats."""
+    check_floats(x_0=x_0)
+    levels = (x_0 + 1) / (2 * HALF_LEVEL)
+    if x_0.ndim == 4 and not ((x_0.abs() <= 1) & ((levels - levels.round()).abs() <= 0.01)).all():
+        raise ValueError("x_0 must hold grey levels scaled to [−1, 1], as data.to_model_range makes them")
+
+
 def _bits(nats: Tensor) -> Tensor:
     """(B, …) in nats → (B,): the mean over all but the batch, in bits."""
     return nats.flatten(1).mean(1) / math.log(2)
@@ -83,6 +91,7 @@ def _bits(nats: Tensor) -> Tensor:
 
 def prior_term(diffusion: GaussianDiffusion, x_0: Tensor) -> Tensor:
     """L_T = KL(q(x_T | x_0) ‖ N(0, I)) in bits/dim: what x_T still knows of x_0. x_0 (B, …) → (B,)."""
+    _check_data(x_0)
     T = diffusion.num_timesteps
     mean = diffusion.sqrt_alphas_cumprod[T] * x_0  # DDPM eq. 4
     logvar = 2 * diffusion.sqrt_one_minus_alphas_cumprod[T].log()
@@ -105,6 +114,7 @@ def vlb_term(
     p_θ has the mean μ̃_t(x_t, x̂_0), where x̂_0 is the model's (clipped to [−1, 1] if ``clip_denoised``), and the variance
     "beta", "posterior" (see ``reverse_variances``) or ``variance[t]`` of a table (T + 1,). Differentiable.
     """
+    _check_data(x_0)
     return vlb_term_and_mse(model, diffusion, x_0, x_t, t, _variance_table(diffusion, variance), clip_denoised)[0]
 
 
@@ -171,13 +181,12 @@ def bits_per_dim(
     covers the choice of images, of timesteps, and of noise. Results stay on x_0's device. A model that is bound to
     labels is called on ``batch_size`` images at a time: call this once for each batch.
     """
-    if not x_0.is_floating_point() or x_0.ndim != 4 or len(x_0) == 0:
+    check_made_for(model, diffusion)
+    check_counts(batch_size=batch_size)
+    if x_0.ndim != 4 or len(x_0) == 0:
         raise ValueError(f"x_0 must be float images (B, C, H, W), got {x_0.dtype} of shape {tuple(x_0.shape)}")
-    levels = (x_0 + 1) / (2 * HALF_LEVEL)
-    if not (x_0.abs() <= 1).all() or (levels - levels.round()).abs().max() > 0.01:
-        raise ValueError("x_0 must hold grey levels scaled to [−1, 1], as data.to_model_range makes them")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    _check_data(x_0)
+    x_0 = x_0.float()
     variances = _variance_table(diffusion, variance)
     edges = timestep_strata(diffusion.num_timesteps, diffusion.num_timesteps if num_steps is None else num_steps)
     weights = edges.diff()  # how many timesteps each one stands for
@@ -217,5 +226,5 @@ def timestep_strata(num_timesteps: int, num_steps: int) -> Tensor:
 
 def mean_and_error(per_image: Tensor) -> tuple[float, float]:
     """The mean of (B,) values and its standard error, std / √B (not a number for B = 1)."""
-    values = per_image.double()
+    values = per_image.cpu().double()  # there is no float64 on Apple's GPUs
     return values.mean().item(), (values.std() / len(values) ** 0.5).item() if len(values) > 1 else math.nan

@@ -3,6 +3,7 @@
 Also a classifier of noisy images that classifier guidance can ask.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -10,11 +11,21 @@ import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from .diffusion import SHIPPED_WEIGHTS, GaussianDiffusion
+from .diffusion import SHIPPED_WEIGHTS, GaussianDiffusion, check_counts, check_made_for, holds_integers
 from .pretrained import Pretrained
 from .unet import Downsample, ResidualBlock, group_norm, sinusoidal_embedding
 
 NoiseModel = Callable[[Tensor, Tensor], Tensor]  # (x_t (B, …), t (B,)) -> predicted noise (B, …)
+
+
+def asking(*models: NoiseModel) -> Callable[[NoiseModel], NoiseModel]:
+    """Decorator of a noise model that asks these: so ``check_made_for`` knows what it was made for."""
+
+    def mark(model: NoiseModel) -> NoiseModel:
+        model.asks = models
+        return model
+
+    return mark
 
 
 def drop_labels(
@@ -41,9 +52,12 @@ def classifier_free(model, labels: Tensor, guidance_scale: float = 1.0) -> Noise
     num_classes = getattr(model, "num_classes", None)
     if num_classes is None:
         raise ValueError("classifier-free guidance needs a class-conditional model (num_classes is None)")
-    _check_labels(labels, num_classes)
+    _check_scale(guidance_scale)
+    _check_labels(labels.cpu(), num_classes)
+    labels = labels.long()
     null = torch.full_like(labels, num_classes)
 
+    @asking(model)
     def guided(x_t: Tensor, t: Tensor) -> Tensor:
         _check_one_an_image(labels, x_t)
         if guidance_scale in (0, 1):
@@ -68,14 +82,17 @@ def classifier_guidance(
     that s = 1 is the conditional model where both are exact. ``labels`` is (B,). One evaluation of the model, and the
     classifier forwards and backwards.
     """
+    _check_scale(guidance_scale)
+    check_made_for(model, diffusion)
 
+    @asking(model)
     def guided(x_t: Tensor, t: Tensor) -> Tensor:
         _check_one_an_image(labels, x_t)
         with torch.enable_grad():  # samplers run without gradients
             x = x_t.detach().requires_grad_()
             log_p = classifier(x, t).log_softmax(dim=1)  # (B, num_classes)
             _check_labels(labels, log_p.shape[1])
-            gradient = torch.autograd.grad(log_p.gather(1, labels[:, None]).sum(), x)[0]  # (B, …)
+            gradient = torch.autograd.grad(log_p.gather(1, labels.long()[:, None]).sum(), x)[0]  # (B, …)
         return model(x_t, t) + guidance_scale * diffusion.noise_from_score(gradient, t)
 
     return guided
@@ -87,7 +104,12 @@ def guided_between(low: int, high: int, guided: NoiseModel, otherwise: NoiseMode
     arXiv:2404.07724, eq. 5). All of a batch is at one t, as in every sampler."""
     if not low < high:
         raise ValueError(f"the interval low < t ≤ high must not be empty, got low = {low}, high = {high}")
-    return lambda x_t, t: guided(x_t, t) if low < t[0] <= high else otherwise(x_t, t)
+
+    @asking(guided, otherwise)
+    def model(x_t: Tensor, t: Tensor) -> Tensor:
+        return guided(x_t, t) if low < t[0] <= high else otherwise(x_t, t)
+
+    return model
 
 
 def rescaled(guided: NoiseModel, plain: NoiseModel, diffusion: GaussianDiffusion, strength: float = 0.7) -> NoiseModel:
@@ -96,10 +118,13 @@ def rescaled(guided: NoiseModel, plain: NoiseModel, diffusion: GaussianDiffusion
     Calls both models."""
     if not 0 <= strength <= 1:
         raise ValueError(f"the strength of rescaling must lie in [0, 1], got {strength}")
+    for predict in (guided, plain):
+        check_made_for(predict, diffusion)
 
     def spread(x_0: Tensor) -> Tensor:
         return x_0.flatten(1).std(dim=1).view(-1, *[1] * (x_0.ndim - 1))  # (B, 1, …, 1)
 
+    @asking(guided, plain)
     def model(x_t: Tensor, t: Tensor) -> Tensor:
         aim, modest = (diffusion.predict_x0(x_t, t, predict(x_t, t)) for predict in (guided, plain))
         factor = strength * spread(modest) / spread(aim) + 1 - strength
@@ -120,7 +145,8 @@ class NoisyClassifier(nn.Module, Pretrained, PyTorchModelHubMixin, library_name=
 
     def __init__(self, in_channels: int = 1, num_classes: int = 10, channels: int = 32, image_size: int = 28):
         super().__init__()
-        if image_size < 4 or image_size % 4:
+        check_counts(in_channels=in_channels, num_classes=num_classes, channels=channels, image_size=image_size)
+        if image_size % 4:
             raise ValueError(f"image_size must be a positive multiple of 4, got {image_size}")
         self.channels, emb_channels = channels, 4 * channels
         self.image_shape = (in_channels, image_size, image_size)
@@ -151,7 +177,14 @@ def _check_one_an_image(labels: Tensor, x_t: Tensor) -> None:
 
 
 def _check_labels(labels: Tensor, num_classes: int) -> None:
-    if labels.ndim != 1 or labels.is_floating_point():
+    """Their range is checked on the CPU only: the host would wait for a GPU."""
+    if labels.ndim != 1 or not holds_integers(labels):
         raise ValueError(f"labels must be integers of shape (B,), got {labels.dtype} {tuple(labels.shape)}")
-    if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
+    labels = labels.long()  # in int8, a comparison with 200 would be one with −56
+    if labels.device.type == "cpu" and len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
         raise ValueError(f"labels must lie in 0 … {num_classes - 1}, got {labels.min().item()} … {labels.max().item()}")
+
+
+def _check_scale(guidance_scale: float) -> None:
+    if not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale must be a finite number, got {guidance_scale}")

@@ -2,8 +2,11 @@
 
 Each sampler is a generator: it yields every step, and the caller plots, stops, or keeps the last. ``start`` begins it
 part-way: at that timestep, with ``x_T`` as x_start (chapter 9). ``generator`` may be a list, one for each image.
+Arguments that do not fit are a ValueError at the call.
 """
 
+import functools
+import inspect
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -12,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .data import to_uint8
-from .diffusion import GaussianDiffusion, randn_like
+from .diffusion import GaussianDiffusion, check_floats, check_made_for, randn_like
 
 
 class SampleStep(NamedTuple):
@@ -24,6 +27,48 @@ class SampleStep(NamedTuple):
     pred_x0: Tensor
 
 
+def checked_at_the_call(check: Callable[..., None]) -> Callable[[Callable], Callable]:
+    """Decorator of a generator function. A generator runs, and so looks at what it was given, only when its first step
+    is asked for; this passes all arguments, by name, to ``check`` where the function is called."""
+
+    def decorate(function: Callable) -> Callable:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def call(*args, **named):
+            given = signature.bind(*args, **named)  # TypeError for a misspelt name
+            given.apply_defaults()
+            check(**given.arguments)
+            return function(*args, **named)
+
+        return call
+
+    return decorate
+
+
+def _check_arguments(
+    model, diffusion: GaussianDiffusion, shape, x_T, start, num_inference_steps=1, variance="beta", eta=0, **_others
+) -> None:
+    T = diffusion.num_timesteps
+    check_made_for(model, diffusion)
+    if not isinstance(shape, Sequence) or not all(isinstance(size, int) and size >= 0 for size in shape):
+        raise ValueError(f"shape must be that of the samples, (B, …), got {shape!r}")
+    ddim_timesteps(T, num_inference_steps)  # says what is wrong
+    if variance not in ("posterior", "beta"):
+        raise ValueError(f"variance must be 'posterior' or 'beta', got {variance!r}")
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must lie in [0, 1], got {eta}")
+    if start is not None and (isinstance(start, bool) or not isinstance(start, int) or not 1 <= start <= T):
+        raise ValueError(f"start must lie in 1 … {T} (T), got {start!r}")
+    if start is not None and x_T is None:
+        raise ValueError(f"start={start} needs x_T, the x_t to begin with: pure noise belongs to T")
+    if x_T is not None:
+        check_floats(x_T=x_T)
+        if tuple(x_T.shape) != tuple(shape):
+            raise ValueError(f"x_T must have the shape asked for, {tuple(shape)}, got {tuple(x_T.shape)}")
+
+
+@checked_at_the_call(_check_arguments)
 @torch.no_grad()
 def sample_ddpm(
     model: Callable[[Tensor, Tensor], Tensor],
@@ -42,9 +87,7 @@ def sample_ddpm(
     without clipping this is the paper's formula in ε (its eqs. 7 and 11 are one). ``variance`` is "posterior"
     (σ_t² = β̃_t) or "beta" (σ_t² = β_t), the two choices of DDPM section 3.2. ``x_T`` (B, …) replaces the first noise.
     """
-    if variance not in ("posterior", "beta"):
-        raise ValueError(f"variance must be 'posterior' or 'beta', got {variance!r}")
-    x_t = _start(diffusion, shape, x_T, start, generator)
+    x_t = _start(diffusion, shape, x_T, generator)
     for t in range(diffusion.num_timesteps if start is None else start, 0, -1):
         pred_x0 = _predict_x0(model, diffusion, x_t, t, clip_denoised)
         mean, posterior_variance = diffusion.q_posterior(pred_x0, x_t, t)
@@ -56,6 +99,7 @@ def sample_ddpm(
         yield SampleStep(t - 1, x_t, pred_x0)
 
 
+@checked_at_the_call(_check_arguments)
 @torch.no_grad()
 def sample_ddim(
     model: Callable[[Tensor, Tensor], Tensor],
@@ -74,9 +118,7 @@ def sample_ddim(
     ``eta`` 0 is deterministic; 1 adds the noise of ancestral sampling, and with all T steps equals ``sample_ddpm``.
     Where ``clip_denoised`` changes x_0, the noise is computed again from it, so that both still explain x_t.
     """
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta must lie in [0, 1], got {eta}")
-    x_t = _start(diffusion, shape, x_T, start, generator)
+    x_t = _start(diffusion, shape, x_T, generator)
     for t, t_next in _steps_down(diffusion, num_inference_steps, start):
         pred_x0 = _predict_x0(model, diffusion, x_t, t, clip_denoised)
         noise = diffusion.predict_noise(x_t, t, pred_x0)
@@ -89,6 +131,7 @@ def sample_ddim(
         yield SampleStep(t_next, x_t, pred_x0)
 
 
+@checked_at_the_call(_check_arguments)
 @torch.no_grad()
 def sample_heun(
     model: Callable[[Tensor, Tensor], Tensor],
@@ -105,7 +148,7 @@ def sample_heun(
     d(x/√ᾱ) / dσ̄ = ε_θ with σ̄ = √(1 − ᾱ)/√ᾱ. Each step goes as DDIM does, looks at the noise there, and goes again
     with the mean of both. Two evaluations a step, one in the last: 2 · num_inference_steps − 1.
     """
-    x_t = _start(diffusion, shape, x_T, start, generator)
+    x_t = _start(diffusion, shape, x_T, generator)
     for t, t_next in _steps_down(diffusion, num_inference_steps, start):
         pred_x0 = _predict_x0(model, diffusion, x_t, t, clip_denoised)
         noise = diffusion.predict_noise(x_t, t, pred_x0)
@@ -118,6 +161,7 @@ def sample_heun(
         yield SampleStep(t_next, x_t, pred_x0)
 
 
+@checked_at_the_call(_check_arguments)
 @torch.no_grad()
 def sample_dpmpp_2m(
     model: Callable[[Tensor, Tensor], Tensor],
@@ -135,8 +179,8 @@ def sample_dpmpp_2m(
     In λ = log(√ᾱ/√(1 − ᾱ)) the ODE is linear but for x_0. A line through this step's and the last step's pred_x0
     stands for it; the first step, and the last (where λ is infinite), take pred_x0 alone, as DDIM does.
     """
-    log_snr = diffusion.snr().double().log() / 2  # λ_t; infinite at t = 0
-    x_t = _start(diffusion, shape, x_T, start, generator)
+    log_snr = diffusion.snr().cpu().double().log() / 2  # λ_t; infinite at t = 0
+    x_t = _start(diffusion, shape, x_T, generator)
     last_x0, last_h = None, None
     for t, t_next in _steps_down(diffusion, num_inference_steps, start):
         pred_x0 = _predict_x0(model, diffusion, x_t, t, clip_denoised)
@@ -171,19 +215,9 @@ def sample_images(steps: Iterator[SampleStep]) -> Tensor:
     return to_uint8(deque(steps, maxlen=1).pop().x_t)
 
 
-def _start(
-    diffusion: GaussianDiffusion, shape: Sequence[int], x_T: Tensor | None, start: int | None, generator
-) -> Tensor:
+def _start(diffusion: GaussianDiffusion, shape: Sequence[int], x_T: Tensor | None, generator) -> Tensor:
     device = diffusion.betas.device
-    if start is not None and not 1 <= start <= diffusion.num_timesteps:
-        raise ValueError(f"start must lie in 1 … {diffusion.num_timesteps} (T), got {start}")
-    if start is not None and x_T is None:
-        raise ValueError(f"start={start} needs x_T, the x_t to begin with: pure noise belongs to T")
-    if x_T is None:
-        return randn_like(torch.empty(tuple(shape), device=device), generator)
-    if tuple(x_T.shape) != tuple(shape):
-        raise ValueError(f"x_T must have the shape asked for, {tuple(shape)}, got {tuple(x_T.shape)}")
-    return x_T.to(device)
+    return randn_like(torch.empty(tuple(shape), device=device), generator) if x_T is None else x_T.to(device)
 
 
 def _steps_down(diffusion: GaussianDiffusion, num_inference_steps: int, start: int | None) -> Iterator[tuple[int, int]]:

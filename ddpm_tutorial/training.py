@@ -34,7 +34,7 @@ from .checkpoint import (
     written_aside,
 )
 from .data import batch_indices, seeded_generator, to_model_range
-from .diffusion import TARGETS, GaussianDiffusion
+from .diffusion import TARGETS, GaussianDiffusion, check_made_for
 from .guidance import classifier_free, drop_labels
 from .losses import LOSSES, draw_timesteps, target_loss, timestep_probabilities
 from .sampling import sample_ddim, sample_images
@@ -132,6 +132,7 @@ def train(
     resumed from the checkpoint folder ``resume_from`` gives the same weights as one never stopped, and one in several
     processes the same as in one, within rounding. A loss that is not finite raises FloatingPointError.
     """
+    check_made_for(model, diffusion, config.target)
     world, device = processes().num_processes, processes().device
     if images.dtype != torch.uint8 or images.ndim != 4:
         raise ValueError(f"images must be uint8 (N, C, H, W), got {images.dtype} {tuple(images.shape)}")

@@ -13,7 +13,7 @@ from einops import rearrange
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from .diffusion import SHIPPED_WEIGHTS, TARGETS, beta_schedule
+from .diffusion import SHIPPED_WEIGHTS, TARGETS, alpha_bars, check_counts, check_floats, holds_integers
 from .pretrained import Pretrained
 
 
@@ -131,7 +131,8 @@ class UNet(
     - ``num_classes`` adds a label embedding with one extra entry, the null label ``num_classes`` ("no label").
     - ``target``: what the layers give, "noise", "v" or "x_0". The last lines turn it into noise by the formulas of
       chapter 3, with the ᾱ_t of ``schedule`` over ``num_timesteps``. From v, ε = √(1 − ᾱ_t) x_t + √ᾱ_t v: at large t,
-      where x_t is nearly all noise, only the small rest is left to the layers.
+      where x_t is nearly all noise, only the small rest is left to the layers. Samplers and ``train`` refuse another
+      diffusion than that of ``schedule`` and ``num_timesteps``, whatever the target.
 
     The input and output convolutions work on patches; the output one starts at zero.
     """
@@ -153,6 +154,16 @@ class UNet(
         num_timesteps: int = 1000,
     ):
         super().__init__()
+        check_counts(
+            in_channels=in_channels, channels=channels, num_res_blocks=num_res_blocks, num_heads=num_heads,
+            patch_size=patch_size, num_classes=1 if num_classes is None else num_classes,
+        )  # fmt: skip
+        if not isinstance(channel_mults, Sequence) or not channel_mults:
+            raise ValueError(f"channel_mults must be one or more integers, got {channel_mults!r}")
+        check_counts(**{f"channel_mults[{i}]": mult for i, mult in enumerate(channel_mults)})
+        levels = range(max(2, len(channel_mults)))  # the default, (1,), may stay where there is level 0 only
+        if not isinstance(attention_levels, Sequence) or not all(level in levels for level in attention_levels):
+            raise ValueError(f"attention_levels must lie in 0 … {len(channel_mults) - 1}, got {attention_levels!r}")
         if target not in TARGETS:
             raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
         widths = [channels * mult for mult in channel_mults]
@@ -167,11 +178,10 @@ class UNet(
         self.in_channels, self.channels = in_channels, channels
         self.patch_size, self.num_classes = patch_size, num_classes
         self.size_divisor = patch_size * 2 ** (len(widths) - 1)
-        self.target = target
-        if target != "noise":
-            alphas_cumprod = F.pad((1 - beta_schedule(schedule, num_timesteps)).cumprod(0), (1, 0), value=1.0)  # ᾱ_t
-            self.register_buffer("signal", alphas_cumprod.sqrt().float(), persistent=False)
-            self.register_buffer("noise", (1 - alphas_cumprod).sqrt().float(), persistent=False)
+        self.target, self.num_timesteps = target, num_timesteps
+        alphas_cumprod = alpha_bars(schedule, num_timesteps)  # what it is made for, whatever the target
+        self.register_buffer("signal", alphas_cumprod.sqrt().float(), persistent=False)
+        self.register_buffer("noise", (1 - alphas_cumprod).sqrt().float(), persistent=False)
 
         self.time_mlp = nn.Sequential(
             nn.Linear(channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
@@ -206,7 +216,7 @@ class UNet(
     def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """x_t (B, C, H, W), t (B,) integers, labels (B,) integers in 0 … num_classes (None: the null label)."""
         p = self.patch_size
-        self._check(x_t, t, labels)
+        t, labels = self._checked(x_t, t, labels)
         emb = self._embed(t, labels)
         x = rearrange(x_t, "b c (h p) (w q) -> b (c p q) h w", p=p, q=p)
         x = self.conv_in(x)
@@ -243,7 +253,9 @@ class UNet(
             labels = torch.full_like(t, self.num_classes)
         return emb + self.label_emb(labels)
 
-    def _check(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> None:
+    def _checked(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """t and labels as int64; ValueError for what does not fit."""
+        check_floats(x_t=x_t)
         if x_t.ndim != 4 or x_t.shape[1] != self.in_channels:
             raise ValueError(f"x_t must be (B, {self.in_channels}, H, W), got {tuple(x_t.shape)}")
         if x_t.shape[2] % self.size_divisor or x_t.shape[3] % self.size_divisor:
@@ -251,16 +263,25 @@ class UNet(
                 f"this U-Net takes heights and widths divisible by {self.size_divisor}, "
                 f"got {x_t.shape[2]}×{x_t.shape[3]}"
             )
-        if t.shape != x_t.shape[:1]:
-            raise ValueError(f"t must be ({x_t.shape[0]},), one timestep an image; got {tuple(t.shape)}")
+        t = _one_an_image("t", t, x_t, 1, self.num_timesteps, "T")
         if labels is None:
-            return
+            return t, None
         if self.label_emb is None:
             raise ValueError("labels were given to a U-Net without num_classes")
-        if labels.shape != t.shape:
-            raise ValueError(f"labels must be ({x_t.shape[0]},), one an image; got {tuple(labels.shape)}")
-        if labels.device.type == "cpu" and len(labels) and not 0 <= labels.min() <= labels.max() <= self.num_classes:
-            raise ValueError(
-                f"labels must lie in 0 … {self.num_classes} ({self.num_classes} is the null label), "
-                f"got {labels.min().item()} … {labels.max().item()}"
-            )
+        return t, _one_an_image("labels", labels, x_t, 0, self.num_classes, "the null label")
+
+
+def _one_an_image(name: str, values: Tensor, x_t: Tensor, low: int, high: int, last: str) -> Tensor:
+    """``values`` as int64; ValueError where they are not (B,) integers in low … high. The range is not checked on a
+    GPU, where the host would have to wait, nor by ``torch.compile``, whose graph would break."""
+    if not isinstance(values, Tensor) or values.shape != x_t.shape[:1]:
+        given = tuple(values.shape) if isinstance(values, Tensor) else repr(values)
+        raise ValueError(f"{name} must be ({x_t.shape[0]},), one an image; got {given}")
+    if not holds_integers(values):
+        raise ValueError(f"{name} must be integers, got {values.dtype}")
+    values = values.long()
+    if values.device.type == "cpu" and len(values) and not torch.compiler.is_compiling():
+        if not low <= values.min() <= values.max() <= high:
+            found = f"{values.min().item()} … {values.max().item()}"
+            raise ValueError(f"{name} must lie in {low} … {high} ({high} is {last}), got {found}")
+    return values

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from pretend_mps import DEVICE, PretendMPS
 from torch.testing import assert_close
 
 from ddpm_tutorial.diffusion import SCHEDULES, GaussianDiffusion, beta_schedule, cosine_beta_schedule, randn_like
@@ -176,11 +177,49 @@ def test_bad_input_says_what_is_allowed():
             diffusion.q_sample(x, t, x)
     with pytest.raises(ValueError, match="1 … 1000"):
         diffusion.predict_noise(x, 0, x)
-    for t in (torch.tensor([1, 2]), torch.ones(4), torch.tensor(3)):
+    for t in (torch.tensor([1, 2]), torch.ones(4), torch.ones(4).bool(), torch.tensor(3), True, 2.5, "3", None):
         with pytest.raises(ValueError, match=r"shape \(4,\)"):
             diffusion.q_sample(x, t, x)
     with pytest.raises(ValueError, match="one shape"):
         diffusion.q_sample(x, 1, torch.zeros(4, 3))
+    for count in (0, 10**30):
+        with pytest.raises(ValueError, match="num_timesteps must be an integer of at least 1, at most 1000000, got"):
+            beta_schedule("linear", count)
+    with pytest.raises(ValueError, match="unknown schedule"):
+        beta_schedule([], 1000)
+
+
+def test_integers_of_any_size_are_timesteps():
+    diffusion, x = GaussianDiffusion.from_schedule("linear", 100), torch.randn(2, 3)
+    expected = diffusion.q_sample(x, torch.tensor([1, 100]), x)
+    for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
+        assert torch.equal(diffusion.q_sample(x, torch.tensor([1, 100], dtype=dtype), x), expected)
+
+
+def test_images_that_are_no_floats_are_refused():
+    """uint8 images would be taken for numbers of 0 … 255, where the formulas want [−1, 1]."""
+    diffusion, bytes_, x = GaussianDiffusion.from_schedule("linear"), torch.zeros(2, 3).byte(), torch.zeros(2, 3)
+    pairs = ("q_step", "q_sample", "predict_x0", "predict_noise", "mean_from_noise", "predict_v", "x0_from_v")
+    for name in pairs:
+        for first, second in ((bytes_, x), (x, bytes_)):
+            with pytest.raises(ValueError, match=r"must be floats, got torch.uint8 \(data.to_model_range"):
+                getattr(diffusion, name)(first, 5, second)
+    with pytest.raises(ValueError, match="floats"):
+        diffusion.q_posterior(bytes_, x, 5)
+    with pytest.raises(ValueError, match="floats"):
+        randn_like(bytes_)
+
+
+def test_the_range_of_t_is_not_read_from_another_device():
+    """On a GPU the host would wait for it, in every step."""
+    with PretendMPS() as mode:
+        diffusion, x = GaussianDiffusion.from_schedule("linear").to(DEVICE), torch.ones(2, 3, device=DEVICE)
+        t = torch.tensor([5, 7]).to(DEVICE)
+        mode.waits.clear()
+        diffusion.q_sample(x, t, x)
+        assert mode.waits == []
+        x.sum().item()
+        assert mode.waits == ["aten::_local_scalar_dense"]
 
 
 def test_noise_from_a_generator_each_is_that_of_each_alone():

@@ -106,6 +106,8 @@ def test_known_pixels_follow_the_forward_process_of_the_input(eta, diffusion):
 
 
 def test_mask_must_be_boolean(diffusion):
+    with pytest.raises(ValueError, match="known must be floats, got torch.uint8"):
+        keep_known(lambda x, t: x, GaussianDiffusion.from_schedule(), torch.zeros(1, 2).byte(), torch.ones(1, 2).bool())
     with pytest.raises(ValueError, match="mask must be boolean.*got torch.float32"):
         keep_known(lambda x, t: x, diffusion, torch.zeros(2), torch.ones(2))
 
@@ -224,8 +226,10 @@ def test_each_step_down_is_taken_num_loops_times(diffusion):
     steps = list(resample(sampler, diffusion, torch.zeros(2, 2), num_loops=3, generator=seeded()))
     assert times == [1000] * 3 + [750] * 3 + [500] * 3 + [250] * 3
     assert [step.t for step in steps] == [750] * 3 + [500] * 3 + [250] * 3 + [0] * 3
-    with pytest.raises(ValueError, match="num_loops must be at least 1, got 0"):
-        next(resample(sampler, diffusion, torch.zeros(2, 2), num_loops=0))
+    with pytest.raises(ValueError, match="num_loops must be an integer of at least 1.*got 0"):
+        resample(sampler, diffusion, torch.zeros(2, 2), num_loops=0)  # at the call
+    with pytest.raises(ValueError, match=r"shape asked for, \(2, 2\), got \(2, 3\)"):
+        resample(sampler, diffusion, torch.zeros(2, 3), num_loops=2)
 
 
 def test_add_noise_is_the_forward_steps_together(diffusion):

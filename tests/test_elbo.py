@@ -402,6 +402,28 @@ def test_bits_per_dim_refuses_what_is_no_8_bit_image(x_0, message):
         bits_per_dim(zero_noise, GaussianDiffusion.from_schedule("linear", 30), x_0)
 
 
+@pytest.mark.parametrize(
+    ("x_0", "message"),
+    [
+        (torch.zeros(2, 1, 4, 4, dtype=torch.uint8), "floats"),
+        (torch.full((2, 1, 4, 4), 200.0), "grey levels"),
+        (torch.full((2, 1, 4, 4), 8 / 255), "grey levels"),  # scaled to [0, 1]
+    ],
+)
+def test_each_term_refuses_what_is_no_8_bit_image(x_0, message):
+    diffusion, x_t = GaussianDiffusion.from_schedule("linear", 30), torch.zeros(2, 1, 4, 4)
+    with pytest.raises(ValueError, match=message):
+        vlb_term(zero_noise, diffusion, x_0, x_t, 3)
+    with pytest.raises(ValueError, match=message):
+        prior_term(diffusion, x_0)
+
+
+def test_the_bound_of_float64_images_is_that_of_float32_ones():
+    diffusion, x_0 = GaussianDiffusion.from_schedule("linear", 30), grey_images(2)
+    found = bits_per_dim(zero_noise, diffusion, x_0.double(), seeded())
+    assert torch.equal(found.total, bits_per_dim(zero_noise, diffusion, x_0, seeded()).total)
+
+
 @pytest.mark.parametrize("options", [{"num_steps": 0}, {"num_steps": 31}, {"batch_size": 0}, {"variance": "fixed"}])
 def test_bits_per_dim_refuses_bad_options(options):
     with pytest.raises(ValueError, match="must"):

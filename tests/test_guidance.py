@@ -82,7 +82,7 @@ def test_one_call_a_step_of_the_right_size(scale, calls):
 
 def test_a_guided_model_is_a_model_for_samplers(unet, batch):
     _, _, labels = batch
-    diffusion = GaussianDiffusion.from_schedule("linear", 50)
+    diffusion = GaussianDiffusion.from_schedule("linear", 1000)
 
     def sample(model):
         *_, last = sample_ddim(model, diffusion, (3, 1, 8, 8), num_inference_steps=5, generator=seeded())
@@ -295,12 +295,33 @@ def test_noisy_classifier_refuses_images_of_another_size():
         NoisyClassifier()(torch.zeros(2, 1, 28, 28), torch.tensor([1]))
     with pytest.raises(ValueError, match="multiple of 4, got 30"):
         NoisyClassifier(image_size=30)
+    for options in ({"image_size": 0}, {"channels": 0}, {"num_classes": -1}, {"in_channels": 1.5}):
+        with pytest.raises(ValueError, match=f"{next(iter(options))} must be an integer of at least 1"):
+            NoisyClassifier(**options)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -float("inf")])
+def test_a_scale_that_is_not_finite_is_refused(scale, unet):
+    labels, diffusion = torch.tensor([0]), GaussianDiffusion.from_schedule()
+    for call in (
+        lambda: classifier_free(unet, labels, scale),
+        lambda: classifier_guidance(unet, NoisyClassifier(), diffusion, labels, scale),
+    ):
+        with pytest.raises(ValueError, match="guidance_scale must be a finite number, got -?(nan|inf)"):
+            call()
+
+
+def test_labels_may_be_any_integers(unet, batch):
+    x_t, t, labels = batch
+    expected = classifier_free(unet, labels, 2.0)(x_t, t)
+    for dtype in (torch.uint8, torch.int32):
+        assert torch.equal(classifier_free(unet, labels.to(dtype), 2.0)(x_t, t), expected)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 2.0])
 def test_one_label_an_image(scale):
     """Too few labels would guide the first images only."""
-    diffusion, x_t, t = GaussianDiffusion.from_schedule("linear", 100), torch.zeros(3, 1, 8, 8), torch.tensor([5, 5, 5])
+    diffusion, x_t, t = GaussianDiffusion.from_schedule("linear"), torch.zeros(3, 1, 8, 8), torch.tensor([5, 5, 5])
     labels, model = torch.tensor([0, 1]), UNet(channels=8, num_classes=2)
     classifier = NoisyClassifier(num_classes=2, channels=8, image_size=8)
     for guided in (
@@ -309,6 +330,6 @@ def test_one_label_an_image(scale):
     ):
         with pytest.raises(ValueError, match=r"labels must be \(3,\), one an image; got \(2,\)"):
             guided(x_t, t)
-    for bad in (torch.tensor(1), torch.tensor([0.0, 1.0])):
+    for bad in (torch.tensor(1), torch.tensor([0.0, 1.0]), torch.tensor([True, False])):
         with pytest.raises(ValueError, match=r"labels must be integers of shape \(B,\)"):
             classifier_free(model, bad)

@@ -1,5 +1,6 @@
 """Samplers against exact oracles: Gaussian data, the DDPM = DDIM(1) identity, and diffusers."""
 
+import inspect
 import itertools
 
 import pytest
@@ -377,25 +378,23 @@ def test_clipping_keeps_pred_x0_in_range_and_the_last_step_is_pred_x0(name):
 def test_x_T_of_another_shape_is_refused(name):
     diffusion = GaussianDiffusion.from_schedule("linear", 50)
     with pytest.raises(ValueError, match=r"x_T must have the shape asked for, \(2, 3\), got \(3, 2\)"):
-        next(SAMPLERS[name](recorded_noise(), diffusion, (2, 3), x_T=torch.zeros(3, 2)))
+        SAMPLERS[name](recorded_noise(), diffusion, (2, 3), x_T=torch.zeros(3, 2))
 
 
 @pytest.mark.parametrize("eta", [-0.1, 1.1, float("nan")])
 def test_bad_eta_is_refused(eta):
     with pytest.raises(ValueError, match="eta must lie in"):
-        next(sample_ddim(recorded_noise(), GaussianDiffusion.from_schedule("linear", 50), (1, 2), eta=eta))
+        sample_ddim(recorded_noise(), GaussianDiffusion.from_schedule("linear", 50), (1, 2), eta=eta)
 
 
 def test_unknown_variance_is_refused():
     with pytest.raises(ValueError, match="'posterior' or 'beta', got 'learned'"):
-        next(sample_ddpm(recorded_noise(), GaussianDiffusion.from_schedule("linear", 50), (1, 2), variance="learned"))
+        sample_ddpm(recorded_noise(), GaussianDiffusion.from_schedule("linear", 50), (1, 2), variance="learned")
 
 
 def test_more_steps_than_T_are_refused():
     with pytest.raises(ValueError, match=r"num_inference_steps must be an integer in 1 … 50 \(T\), got 51"):
-        next(
-            sample_ddim(recorded_noise(), GaussianDiffusion.from_schedule("linear", 50), (1, 2), num_inference_steps=51)
-        )
+        sample_ddim(recorded_noise(), GaussianDiffusion.from_schedule("linear", 50), (1, 2), num_inference_steps=51)
 
 
 def test_sample_images_are_the_last_step_as_uint8():
@@ -444,11 +443,39 @@ def test_start_between_two_timesteps(name):
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_start_needs_x_T_and_a_timestep_of_the_chain(name):
     diffusion = GaussianDiffusion.from_schedule("linear", 60)
-    for start in (0, 61, -1):
+    for start in (0, 61, -1, 2.5, True):
         with pytest.raises(ValueError, match=rf"start must lie in 1 … 60 \(T\), got {start}"):
-            next(SAMPLERS[name](recorded_noise(), diffusion, (1, 2), x_T=torch.zeros(1, 2), start=start))
+            SAMPLERS[name](recorded_noise(), diffusion, (1, 2), x_T=torch.zeros(1, 2), start=start)
     with pytest.raises(ValueError, match="start=30 needs x_T"):
-        next(SAMPLERS[name](recorded_noise(), diffusion, (1, 2), start=30))
+        SAMPLERS[name](recorded_noise(), diffusion, (1, 2), start=30)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_arguments_are_refused_at_the_call(name):
+    """Before the first step is asked for; the model is not called, and no noise is drawn."""
+    diffusion, model, generator = GaussianDiffusion.from_schedule("linear", 60), recorded_noise(), seeded()
+    before = generator.get_state()
+    with pytest.raises(TypeError, match="num_steps"):
+        SAMPLERS[name](model, diffusion, (1, 2), num_steps=5)
+    with pytest.raises(TypeError, match="shape"):
+        SAMPLERS[name](model, diffusion)
+    for shape in (3, None, (2, -1), (2, 1.5)):
+        with pytest.raises(ValueError, match="shape must be that of the samples"):
+            SAMPLERS[name](model, diffusion, shape)
+    for x_T in (torch.zeros(1, 2).byte(), torch.zeros(1, 2).long(), [[0.0, 0.0]]):
+        with pytest.raises(ValueError, match="x_T must be floats"):
+            SAMPLERS[name](model, diffusion, (1, 2), x_T=x_T)
+    SAMPLERS[name](model, diffusion, (1, 2), generator=generator)
+    assert not model.calls and torch.equal(generator.get_state(), before)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_check_leaves_a_sampler_its_signature_and_its_source(name):
+    sampler = SAMPLERS[name]
+    source = inspect.getsource(sampler)
+    assert list(inspect.signature(sampler).parameters)[:3] == ["model", "diffusion", "shape"]
+    assert f"def {sampler.__name__}(" in source and "yield SampleStep(" in source
+    assert sampler.__doc__.startswith(("Ancestral", "DDIM", "Heun", "DPM"))
 
 
 def test_samples_that_begin_part_way_have_the_data_s_law():

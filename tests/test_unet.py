@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
+from pretend_mps import DEVICE, PretendMPS
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -344,7 +345,7 @@ def test_output_depends_on_time_label_and_every_pixel():
     model = randomised(UNet(channels=8, num_classes=3))
     x_t, t = inputs(model)
     out, labels = model(x_t, t), torch.tensor([0, 1, 2])
-    assert (model(x_t, t + 1) - out).abs().amax((1, 2, 3)).min() > 1e-3
+    assert (model(x_t, t % 1000 + 1) - out).abs().amax((1, 2, 3)).min() > 1e-3
     assert (model(x_t, t, labels) - out).abs().amax((1, 2, 3)).min() > 1e-3
     assert torch.equal(model(x_t, t, torch.full((3,), 3)), out)  # without labels, the null label
     x = x_t.clone().requires_grad_()
@@ -451,7 +452,84 @@ def test_labels_without_classes_are_refused():
         UNet(channels=8)(torch.zeros(2, 1, 8, 8), torch.tensor([1, 2]), torch.tensor([0, 1]))
 
 
-@pytest.mark.parametrize("options", [{"channels": 12}, {"channels": 8, "num_heads": 8}, {"channel_mults": (1, 0.3)}])
+def test_integers_of_any_size_are_timesteps_and_labels():
+    model = randomised(UNet(channels=8, num_classes=3, target="v"))
+    x_t, t, labels = torch.randn(2, 1, 8, 8, generator=seeded()), torch.tensor([1, 100]), torch.tensor([0, 3])
+    expected = model(x_t, t, labels)
+    for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
+        assert_close(model(x_t, t.to(dtype), labels.to(dtype)), expected)
+
+
+@pytest.mark.parametrize("target", ["noise", "v", "x_0"])
+@pytest.mark.parametrize(
+    ("t", "message"),
+    [
+        ([0, 5], r"t must lie in 1 … 100 \(100 is T\), got 0 … 5"),
+        ([-1, 5], "got -1 … 5"),
+        ([5, 101], "got 5 … 101"),
+        ([1.0, 2.0], "t must be integers, got torch.float32"),
+        ([True, True], "t must be integers, got torch.bool"),
+    ],
+)
+def test_wrong_timesteps_are_refused(target, t, message):
+    model = UNet(channels=8, target=target, num_timesteps=100)
+    with pytest.raises(ValueError, match=message):
+        model(torch.zeros(2, 1, 8, 8), torch.tensor(t))
+
+
+def test_wrong_kinds_of_inputs_are_refused():
+    model, x_t, t = UNet(channels=8, num_classes=3), torch.zeros(2, 1, 8, 8), torch.tensor([1, 2])
+    for call, message in (
+        (lambda: model(x_t, 5), r"t must be \(2,\), one an image; got 5"),
+        (lambda: model(x_t, t, 1), r"labels must be \(2,\), one an image; got 1"),
+        (lambda: model(x_t, t, torch.zeros(2)), "labels must be integers, got torch.float32"),
+        (lambda: model(x_t, t, torch.zeros(2).bool()), "labels must be integers, got torch.bool"),
+        (lambda: model(x_t.byte(), t), "x_t must be floats, got torch.uint8"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_nothing_is_read_from_another_device():
+    with PretendMPS() as mode:
+        model = UNet(channels=8, num_classes=3, target="v").to(DEVICE)
+        x_t, t, labels = torch.zeros(2, 1, 8, 8, device=DEVICE), torch.tensor([1, 2]).to(DEVICE), torch.ones(2).long()
+        labels = labels.to(DEVICE)
+        mode.waits.clear()
+        model(x_t, t, labels)
+        assert mode.waits == []
+
+
+def test_compiles_as_one_graph_on_the_cpu():
+    model = UNet(channels=8, channel_mults=(1,), attention_levels=(), num_classes=3, target="v").eval()
+    given = torch.randn(1, 1, 2, 2), torch.tensor([7]), torch.tensor([3])
+    assert_close(torch.compile(model, backend="eager", fullgraph=True)(*given), model(*given))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{name: value} for name in ("in_channels", "channels", "num_res_blocks", "num_heads", "patch_size", "num_classes",
+                                "num_timesteps") for value in (0, -1, 1.5, "x", True, 10**9)]
+    + [{"channel_mults": mults} for mults in ((), 5, None, "12", ["a"], (1, 0), (1, 0.3), (-1,))]
+    + [{"attention_levels": levels} for levels in ((7,), (-1,), 1, None, "x", (0.5,))]
+    + [{"schedule": "cosin"}, {"schedule": []}, {"schedule": None}, {"target": []}, {"target": None}],
+    ids=str,
+)  # fmt: skip
+def test_a_network_that_cannot_be_is_refused_by_name(options):
+    name = next(iter(options))
+    with pytest.raises(ValueError, match=name):
+        UNet(**{"channels": 8} | options)
+
+
+def test_one_level_may_keep_the_default_attention():
+    """Checkpoints of ``train --channel-mults 1`` say so."""
+    model = UNet(channels=8, channel_mults=(1,))
+    assert not any(stage.attention.__class__ is SelfAttention for stages in model.down for stage in stages)
+
+
+@pytest.mark.parametrize(
+    "options", [{"channels": 12}, {"channels": 8, "num_heads": 8}, {"channels": 6, "channel_mults": (4, 5)}]
+)
 def test_width_that_does_not_split_into_heads_is_refused(options):
     with pytest.raises(ValueError, match="divisible by 2 · num_heads"):
         UNet(**options)
