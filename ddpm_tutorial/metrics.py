@@ -19,8 +19,13 @@ from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from .data import batch_indices, seeded_generator, to_model_range
-from .diffusion import SHIPPED_WEIGHTS, GaussianDiffusion
+from .diffusion import SHIPPED_WEIGHTS, GaussianDiffusion, check_counts
 from .pretrained import Pretrained
+
+
+def _layout(device: torch.device) -> torch.memory_format:
+    """Channels-last where convolutions are faster so, as in training; it is unsafe on Apple's MPS."""
+    return torch.channels_last if device.type in ("cuda", "cpu") else torch.contiguous_format
 
 
 class Classifier(nn.Module, Pretrained, PyTorchModelHubMixin, library_name="ddpm-tutorial", license="mit"):
@@ -32,6 +37,7 @@ class Classifier(nn.Module, Pretrained, PyTorchModelHubMixin, library_name="ddpm
 
     def __init__(self, in_channels: int = 1, num_classes: int = 10, num_features: int = 96):
         super().__init__()
+        check_counts(in_channels=in_channels, num_classes=num_classes, num_features=num_features)
         self.in_channels, self.num_classes, self.num_features = in_channels, num_classes, num_features
 
         def conv(inputs: int, outputs: int) -> list[nn.Module]:
@@ -55,7 +61,7 @@ class Classifier(nn.Module, Pretrained, PyTorchModelHubMixin, library_name="ddpm
         if images.ndim != 4 or images.shape[1] != self.in_channels:
             raise ValueError(f"images must be uint8 (N, {self.in_channels}, H, W), got {tuple(images.shape)}")
         device = self.head.weight.device
-        features = self.features(to_model_range(images).to(device, memory_format=torch.channels_last))
+        features = self.features(to_model_range(images).to(device, memory_format=_layout(device)))
         return features, self.head(features)
 
 
@@ -102,7 +108,7 @@ def train_classifier(
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=num_steps)
     generator, batches = seeded_generator(seed, 1), batch_indices(len(images), batch_size, seed)
-    model.train().to(memory_format=torch.channels_last)
+    model.train().to(memory_format=_layout(device))
     for step in range(1, num_steps + 1):
         index = next(batches)
         x = to_model_range(images[index])
@@ -136,6 +142,8 @@ class Seen(NamedTuple):
 def look(images: Tensor, judge: Classifier | InceptionV3 | None = None, batch_size: int = 500) -> Seen:
     """Features and logits of uint8 images (N, C, H, W), by the shipped classifier unless another judge is given."""
     judge = Classifier.from_pretrained() if judge is None else judge
+    if getattr(judge, "training", False):  # dropout and batch statistics would see other things
+        raise ValueError("the judge is in training mode: call its eval() first")
     parts = [[seen.cpu() for seen in judge.judge(batch)] for batch in images.split(batch_size)]
     return Seen(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
@@ -154,8 +162,8 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
     """
     _check_features(real, generated, least=real.shape[1] + 1)
     metric = FrechetInceptionDistance(feature=_Given(real.shape[1]))
-    metric.update(real.double(), real=True)
-    metric.update(generated.double(), real=False)
+    metric.update(real.cpu().double(), real=True)  # Apple's GPUs have no float64
+    metric.update(generated.cpu().double(), real=False)
     return metric.compute().item()
 
 
@@ -167,8 +175,8 @@ def kernel_distance(real: Tensor, generated: Tensor, num_subsets: int = 20, seed
     size = min(1000, len(real), len(generated))
     with _seeded_and_quiet(seed):
         metric = KernelInceptionDistance(feature=_Given(real.shape[1]), subsets=num_subsets, subset_size=size)
-        metric.update(real, real=True)
-        metric.update(generated, real=False)
+        metric.update(real.cpu(), real=True)
+        metric.update(generated.cpu(), real=False)
         mean, deviation = metric.compute()
     return mean.item(), deviation.item()
 
@@ -178,7 +186,7 @@ def inception_score(logits: Tensor) -> float:
     the same) to K (each image certain, the classes equally frequent). One split: all images together."""
     with _seeded_and_quiet(0):  # it shuffles, which matters for several splits only
         metric = InceptionScore(feature=_Given(logits.shape[1]), splits=1)
-        metric.update(logits.double())
+        metric.update(logits.cpu().double())
         return metric.compute()[0].item()
 
 
@@ -193,14 +201,14 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[float
     def inside(points: Tensor, centres: Tensor) -> float:
         radii = torch.cat([torch.cdist(part, centres).kthvalue(k + 1).values for part in centres.split(1000)])
         within = [(torch.cdist(part, centres) <= radii).any(1) for part in points.split(1000)]
-        return torch.cat(within).double().mean().item()
+        return torch.cat(within).cpu().double().mean().item()
 
     return inside(generated, real), inside(real, generated)
 
 
 def label_agreement(logits: Tensor, labels: Tensor) -> float:
     """The share of images that the classifier gives the label they were made for. logits (N, K), labels (N,)."""
-    return (logits.argmax(1) == labels).double().mean().item()
+    return (logits.argmax(1).cpu() == labels.cpu()).double().mean().item()
 
 
 def sample_figures(seen: Seen, labels: Tensor | None, reference: Seen, seed: int = 0) -> dict[str, float]:

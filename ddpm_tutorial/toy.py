@@ -155,7 +155,8 @@ def _float64_tables(diffusion: GaussianDiffusion, variances: Tensor) -> tuple[Te
         raise ValueError(f"variances must be a table ({len(diffusion.betas)},), got {tuple(variances.shape)}")
     betas = diffusion._betas_float64
     alpha_bar = (1 - betas).cumprod(0)
-    return betas, alpha_bar, torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]]), variances[1:].double()
+    previous = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
+    return betas, alpha_bar, previous, variances[1:].cpu().double()
 
 
 def _expected_terms(betas, alpha_bar, previous, variances, x0_variance) -> Tensor:

@@ -130,8 +130,9 @@ def test_nearest_neighbours_find_planted_copies_beyond_the_first_chunk():
         (lambda: frechet_distance(features(50, 1), features(50, 2) / 0), "finite"),
         (lambda: precision_recall(features(3, 1), features(50, 2)), "at least 4 images"),
         (lambda: nearest_neighbours(torch.zeros(1, 1, 4, 4), torch.zeros(2, 3, 4, 4)), "one shape"),
-        (lambda: look(torch.zeros(2, 3, 28, 28, dtype=torch.uint8), Classifier()), r"\(N, 1, H, W\), got \(2, 3"),
-        (lambda: look(torch.zeros(2, 1, 28, 28), Classifier()), "uint8"),
+        (lambda: look(torch.zeros(2, 3, 28, 28).byte(), Classifier().eval()), r"\(N, 1, H, W\), got \(2, 3"),
+        (lambda: look(torch.zeros(2, 1, 28, 28), Classifier().eval()), "uint8"),
+        (lambda: look(torch.zeros(2, 1, 28, 28).byte(), Classifier()), r"training mode: call its eval\(\)"),
     ],
 )
 def test_wrong_inputs_say_what_was_given(call, message):
