@@ -81,7 +81,7 @@ def peer_steps(
 
 def our_steps(model: UNet, diffusion, images, labels, setting: Setting, batch_size: int) -> Iterator:
     precision = "bf16" if setting.bf16 else "no"
-    config = TrainConfig(ENDLESS, batch_size, precision=precision, compile=setting.compile)
+    config = TrainConfig(ENDLESS, batch_size, target=model.target, precision=precision, compile=setting.compile)
     return train(model, diffusion, images, labels if model.num_classes else None, config)
 
 
