@@ -22,7 +22,7 @@ from .arguments import build_parser
 from .settings import FREE, RunSettings, TrainConfig
 
 STOPPING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # where they exist: Windows has the last, others SIGHUP
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "overflow")
+TOO_LARGE = ("out of memory", "can't allocate memory", "Overflow", "overflow")  # torch's RuntimeErrors say
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (FloatingPointError, OverflowError, MemoryError) as error:
             return _fail(command, error, 1)
         except RuntimeError as error:
-            if not any(text in str(error) for text in OUT_OF_MEMORY):
+            if not any(text in str(error) for text in TOO_LARGE):
                 raise
             return _fail(command, error, 1)
 
