@@ -209,24 +209,31 @@ def test_full_disk_in_a_process_of_its_own(tmp_path):
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"log.csv"}
 
 
+@pytest.fixture
+def harmless():
+    """Signals that nobody keeps must not end the tests."""
+    numbers = [signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+    before = {number: signal.signal(number, lambda *_: None) for number in numbers}
+    yield numbers
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @posix
-def test_signals_are_kept_and_those_that_do_not_exist_or_are_ignored_left_alone(monkeypatch):
-    with cli._signals() as caught:
-        for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT):
-            os.kill(os.getpid(), number)
-    assert caught == [signal.SIGHUP, signal.SIGTERM, signal.SIGINT]
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
-    try:
+def test_signals_are_kept_and_those_that_do_not_exist_or_are_ignored_left_alone(monkeypatch, harmless):
+    def kept(*numbers):
         with cli._signals() as caught:
-            os.kill(os.getpid(), signal.SIGHUP)
-        assert not caught and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)
+            for number in numbers:
+                os.kill(os.getpid(), number)
+        return caught
+
+    hang_up, user = signal.SIGHUP, signal.SIGUSR1
+    assert kept(*harmless) == [hang_up, signal.SIGTERM, signal.SIGINT]
+    signal.signal(hang_up, signal.SIG_IGN)  # as nohup does
+    assert kept(hang_up) == [] and signal.getsignal(hang_up) == signal.SIG_IGN
     monkeypatch.delattr(signal, "SIGHUP")  # as on Windows
-    monkeypatch.setattr(signal, "SIGBREAK", signal.SIGUSR1, raising=False)
-    with cli._signals() as caught:
-        os.kill(os.getpid(), signal.SIGUSR1)
-    assert caught == [signal.SIGUSR1]
+    monkeypatch.setattr(signal, "SIGBREAK", user, raising=False)
+    assert kept(user) == [user]
 
 
 @posix

@@ -60,3 +60,42 @@ def test_what_does_not_fit_is_refused(network, damage, tmp_path):
     damage(tmp_path)
     with pytest.raises(ValueError, match=f"is damaged or holds no {network.__name__} of this package"):
         network.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_weights_that_are_no_numbers_or_not_finite_are_refused(network, tmp_path):
+    network(**NETWORKS[network]).save_pretrained(tmp_path)
+    path, tensors = tmp_path / "model.safetensors", load_file(tmp_path / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("weight"))
+    for dtype in (torch.int8, torch.bool):
+        save_file(tensors | {name: tensors[name].to(dtype)}, path, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=f"{tmp_path} is damaged.*{name} is of {dtype}, not torch.float32"):
+            network.from_pretrained(tmp_path)
+    for value in (float("nan"), float("inf")):
+        save_file(tensors | {name: torch.full_like(tensors[name], value)}, path, metadata={"format": "pt"})
+        with pytest.raises(FloatingPointError, match=f"{name} is not finite"):
+            network.from_pretrained(tmp_path)
+    save_file({name: t.half() if t.is_floating_point() else t for name, t in tensors.items()}, path)
+    assert network.from_pretrained(tmp_path).state_dict()[name].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "damage", [{"num_heads": -4}, {"channel_mults": []}, {"num_heads": 0}, {"channels": "x"}, {"wings": 2}]
+)
+def test_a_configuration_that_makes_no_network_is_refused(damage, tmp_path):
+    UNet(channels=8).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    for text in (json.dumps(config | damage), "[" * 100_000):
+        (tmp_path / "config.json").write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match="is damaged or holds no UNet of this package"):
+            UNet.from_pretrained(tmp_path)
+
+
+def test_a_place_that_is_no_folder_and_no_name_on_the_hub_is_not_asked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    for place in ("nowhere", "runs/b", "a/b/c", tmp_path / "none"):
+        with pytest.raises(FileNotFoundError, match=f"no such folder: {place}"):
+            UNet.from_pretrained(place)
+    with pytest.raises(FileNotFoundError, match="no checkpoint in runs/a: it holds no config.json"):
+        UNet.from_pretrained("runs/a")
