@@ -6,7 +6,7 @@ DATA ?= hub
 OUT ?= runs/train
 
 .DEFAULT_GOAL := help
-.PHONY: help book test train bench lab notebooks clean
+.PHONY: help book test portable train bench lab notebooks clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
@@ -25,6 +25,9 @@ book: .venv/ready  ## run every notebook and build the site
 
 test: .venv/ready  ## everything that must hold: lint, unit tests, notebooks, the book
 	@$(BIN)/python tools/check.py lint tests notebooks pages site
+
+portable: .venv/ready  ## the notebooks under other instruction sets, threads and roundings (about an hour)
+	@$(BIN)/python tools/check.py portable
 
 train: .venv/ready  ## train on the full data with the best device found
 	@$(BIN)/ddpm-tutorial train --data $(DATA) --out $(OUT) $(if $(wildcard $(OUT)/state.safetensors),--resume,--target v --lr 2e-3)

@@ -180,7 +180,7 @@ class GaussianDiffusion(nn.Module):
         """``table[t]``, shaped to multiply ``like`` (B, …): (B, 1, …), or a scalar for an int ``t``.
 
         ValueError where t is outside first … T, or is not one integer for each item of the batch. The range is not
-        checked on a GPU: the host would wait for it.
+        checked on a GPU, where the host would have to wait, nor by ``torch.compile``, whose graph would break.
         """
         if isinstance(t, Tensor) and t.shape == like.shape[:1] and holds_integers(t):
             seen = t.device.type == "cpu" and len(t) > 0 and not torch.compiler.is_compiling()

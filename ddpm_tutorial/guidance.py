@@ -180,6 +180,7 @@ def _check_labels(labels: Tensor, num_classes: int) -> None:
     """Their range is checked on the CPU only: the host would wait for a GPU."""
     if labels.ndim != 1 or not holds_integers(labels):
         raise ValueError(f"labels must be integers of shape (B,), got {labels.dtype} {tuple(labels.shape)}")
+    labels = labels.long()  # in int8, a comparison with 200 would be one with −56
     if labels.device.type == "cpu" and len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
         raise ValueError(f"labels must lie in 0 … {num_classes - 1}, got {labels.min().item()} … {labels.max().item()}")
 

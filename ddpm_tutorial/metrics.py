@@ -23,6 +23,11 @@ from .diffusion import SHIPPED_WEIGHTS, GaussianDiffusion, check_counts
 from .pretrained import Pretrained
 
 
+def _layout(device: torch.device) -> torch.memory_format:
+    """Channels-last where convolutions are faster so, as in training; it is unsafe on Apple's MPS."""
+    return torch.channels_last if device.type in ("cuda", "cpu") else torch.contiguous_format
+
+
 class Classifier(nn.Module, Pretrained, PyTorchModelHubMixin, library_name="ddpm-tutorial", license="mit"):
     """Images (B, in_channels, H, W) in [−1, 1] → logits (B, num_classes). ``features`` gives what the last layer sees,
     (B, num_features): the mean over positions of the last convolution's output. Made for 28×28.
@@ -56,7 +61,7 @@ class Classifier(nn.Module, Pretrained, PyTorchModelHubMixin, library_name="ddpm
         if images.ndim != 4 or images.shape[1] != self.in_channels:
             raise ValueError(f"images must be uint8 (N, {self.in_channels}, H, W), got {tuple(images.shape)}")
         device = self.head.weight.device
-        features = self.features(to_model_range(images).to(device, memory_format=torch.channels_last))
+        features = self.features(to_model_range(images).to(device, memory_format=_layout(device)))
         return features, self.head(features)
 
 
@@ -103,7 +108,7 @@ def train_classifier(
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=num_steps)
     generator, batches = seeded_generator(seed, 1), batch_indices(len(images), batch_size, seed)
-    model.train().to(memory_format=torch.channels_last)
+    model.train().to(memory_format=_layout(device))
     for step in range(1, num_steps + 1):
         index = next(batches)
         x = to_model_range(images[index])

@@ -279,8 +279,9 @@ def _one_an_image(name: str, values: Tensor, x_t: Tensor, low: int, high: int, l
         raise ValueError(f"{name} must be ({x_t.shape[0]},), one an image; got {given}")
     if not holds_integers(values):
         raise ValueError(f"{name} must be integers, got {values.dtype}")
+    values = values.long()
     if values.device.type == "cpu" and len(values) and not torch.compiler.is_compiling():
         if not low <= values.min() <= values.max() <= high:
             found = f"{values.min().item()} … {values.max().item()}"
             raise ValueError(f"{name} must lie in {low} … {high} ({high} is {last}), got {found}")
-    return values.long()
+    return values

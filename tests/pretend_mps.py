@@ -45,8 +45,8 @@ class PretendMPS(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = run(function, args, kwargs or {})
-        first = args[0] if args else None
-        if isinstance(first, OnDevice) != isinstance(out, OnDevice) and isinstance(first, Tensor) and out is not None:
+        given, made = next(iter(args), None), isinstance(out, Tensor | int | float)
+        if isinstance(given, Tensor) and made and isinstance(given, OnDevice) != isinstance(out, OnDevice):
             self.waits.append(function._schema.name)
         return out
 

@@ -407,7 +407,7 @@ def test_bits_per_dim_refuses_what_is_no_8_bit_image(x_0, message):
     [
         (torch.zeros(2, 1, 4, 4, dtype=torch.uint8), "floats"),
         (torch.full((2, 1, 4, 4), 200.0), "grey levels"),
-        (torch.full((2, 1, 4, 4), 7 / 255), "grey levels"),  # scaled to [0, 1]
+        (torch.full((2, 1, 4, 4), 8 / 255), "grey levels"),  # scaled to [0, 1]
     ],
 )
 def test_each_term_refuses_what_is_no_8_bit_image(x_0, message):

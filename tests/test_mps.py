@@ -103,7 +103,10 @@ def test_the_bound(pair, on_mps):
 
 def test_the_judge_and_figures_of_features_on_the_device(on_mps):
     images = torch.randint(256, (4, 1, 28, 28), generator=seeded(), dtype=torch.uint8)
-    seen = look(images, Classifier.from_pretrained().to(DEVICE))
+    judge, layouts = Classifier.from_pretrained().to(DEVICE), []
+    judge.body[3].register_forward_pre_hook(lambda _, inputs: layouts.append(inputs[0].is_contiguous()))
+    seen = look(images, judge)
+    assert layouts == [True]  # channels-last is unsafe there
     assert not isinstance(seen.features, OnDevice)
     assert_close(seen.features, look(images).features, atol=1e-4, rtol=1e-4)
     here = Seen(torch.randn(20, 4, generator=seeded()), torch.randn(20, 3, generator=seeded(1)))

@@ -1,7 +1,7 @@
 """The built site in a real browser: formulas, pictures, quizzes, narrow screens, themes, no request to another host.
 
 Needs ``make book`` and Chromium (found on the PATH, or named by the environment variable CHROMIUM). Each page is opened
-once, and its tests follow each other on it. FONTCONFIG_FILE=tests/dejavu.conf leaves one family of the machine's fonts.
+once, and its tests follow each other on it. FONTCONFIG_FILE=$PWD/tests/dejavu.conf hides all fonts but one family.
 """
 
 import functools
@@ -132,6 +132,8 @@ def test_solutions_unfold(page):
 def test_narrow_screen_shows_everything(page, width):
     page.set_viewport_size({"width": width, "height": 900})
     page.evaluate("() => document.querySelectorAll('details').forEach(d => d.open = true)")
+    text = "() => document.createElement('canvas').getContext('2d').measureText('text').width"
+    assert page.evaluate(text) > 5, "without fonts nothing is wide"
     assert page.evaluate("() => document.scrollingElement.scrollWidth") <= width
     assert page.evaluate(CUT_OFF) == []
 

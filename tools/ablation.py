@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     result = {"settings": fixed, "machine": machine(device), "runs": {}}
     try:
         if args.out.exists():
-            result = json.loads(args.out.read_text())
+            result = json.loads(args.out.read_text(encoding="utf-8"))
             if result["settings"] != fixed:
                 parser.error(f"{args.out} holds runs of other settings, {result['settings']}; --out takes another file")
         reference = look(load_fashion_mnist("train", args.data).images)

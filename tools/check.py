@@ -19,8 +19,9 @@ ROOT = Path(__file__).parents[1]
 BUILD, SITE = ROOT / "_build", ROOT / "_build" / "html" / "index.html"
 BIN, PYTHON = Path(sys.executable).parent, sys.executable
 CORES = os.cpu_count() or 1
-# Nothing here needs the hub, and a look at it should fail at once; the other silences a warning of the debugger.
-ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+# Nothing here needs the hub, and a look at it should fail at once; files are UTF-8, on Windows too; the last silences a
+# warning of the debugger.
+ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
 NOTEBOOKS = sorted(map(str, (ROOT / "book").glob("*.ipynb")))
 CACHE = BUILD / ".jupyter_cache"  # where Jupyter Book looks for outputs
 

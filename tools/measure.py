@@ -81,7 +81,7 @@ def peer_steps(
 
 def our_steps(model: UNet, diffusion, images, labels, setting: Setting, batch_size: int) -> Iterator:
     precision = "bf16" if setting.bf16 else "no"
-    config = TrainConfig(ENDLESS, batch_size, precision=precision, compile=setting.compile)
+    config = TrainConfig(ENDLESS, batch_size, target=model.target, precision=precision, compile=setting.compile)
     return train(model, diffusion, images, labels if model.num_classes else None, config)
 
 
@@ -202,8 +202,8 @@ def resident_peak(reset: bool = False) -> int:
     """The largest resident set of this process, in bytes; on Linux since the last reset (proc(5), clear_refs)."""
     if sys.platform == "linux":
         if reset:
-            Path("/proc/self/clear_refs").write_text("5")
-        lines = Path("/proc/self/status").read_text().splitlines()
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
     import resource
 
@@ -272,7 +272,8 @@ def machine(device: torch.device) -> dict:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        cpu = next((r.split(":")[1].strip() for r in info.read_text().splitlines() if r.startswith("model name")), cpu)
+        rows = info.read_text(encoding="utf-8").splitlines()
+        cpu = next((row.split(":")[1].strip() for row in rows if row.startswith("model name")), cpu)
     return {
         "cpu": cpu,
         "cores": os.cpu_count(),

@@ -174,7 +174,7 @@ class Candidate:
 
 
 def shipped_unet() -> UNet:
-    return UNet(**json.loads((SHIPPED_WEIGHTS / "config.json").read_text()))
+    return UNet(**json.loads((SHIPPED_WEIGHTS / "config.json").read_text(encoding="utf-8")))
 
 
 def wide_unet() -> UNet:

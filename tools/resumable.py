@@ -43,7 +43,7 @@ def read_started(out: Path, settings: dict, key: Callable[[dict], object]) -> di
     if not out.exists():
         return {"settings": settings, "rows": []}
     try:
-        result = json.loads(out.read_text())
+        result = json.loads(out.read_text(encoding="utf-8"))
         before = dict(result["settings"])
         _ = {key(row) for row in result["rows"]}
     except (ValueError, KeyError, TypeError) as error:
