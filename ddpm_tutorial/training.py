@@ -151,7 +151,7 @@ def train_steps(
     config: TrainConfig,
     resume_from: str | Path | None,
 ) -> Iterator[TrainState]:
-    """The loop of ``train``. On a GPU the CPU queues the work of one step after another; no line waits for a result."""
+    """The loop of ``train``. On CUDA the CPU queues the work of one step after another; no line waits for a result."""
     device, world = processes().device, processes().num_processes
     layout, fused = _fastest(device)
     model.to(device, memory_format=layout).train()
@@ -341,7 +341,7 @@ def train_to_folder(
         )
         for state in steps:
             step, loss_sum = state.step, loss_sum + state.loss
-            stopped = _in_any_process(should_stop())
+            stopped = _in_any_process(should_stop(), step)
             last = stopped or step == config.num_train_steps
             keep = last or step % checkpoint_every == 0
             log = keep or step % log_every == 0
@@ -390,11 +390,12 @@ def in_main_process(action: Callable[[], None]) -> None:
         raise error
 
 
-def _in_any_process(flag: bool) -> bool:
-    """Whether the flag is true in one of the processes, so that all of them stop at the same step."""
+def _in_any_process(flag: bool, step: int) -> bool:
+    """Whether the flag is true in one of the processes, so that all of them stop at the same step. Several ask each
+    other at every tenth step, because the answer makes the CPU wait for the device."""
     if processes().num_processes == 1:
         return flag
-    return bool(reduce(torch.tensor(float(flag), device=processes().device), "sum") > 0)
+    return step % 10 == 0 and bool(reduce(torch.tensor(float(flag), device=processes().device), "sum") > 0)
 
 
 def _open_log(path: Path, done: int) -> None:
