@@ -107,10 +107,10 @@ def train(
     """DDPM algorithm 1 on uint8 ``images`` (N, C, H, W) and ``labels`` (N,), or None for a model without classes.
 
     Checks what it is given, then runs ``train_steps``. All randomness of a step comes from (seed, step), so a run
-    resumed from the checkpoint folder ``resume_from`` gives the same weights as one never stopped, and one in several
-    processes the same as in one, within rounding. A step whose loss or gradient is not finite is left out, and raises
-    FloatingPointError: at once on the CPU, elsewhere by ``TrainState.check`` (``save_checkpoint`` calls it) or at the
-    end.
+    resumed from the checkpoint folder ``resume_from`` gives the same weights as one never stopped (on CUDA within
+    rounding), and one in several processes the same as in one, within rounding. A step whose loss or gradient is not
+    finite is left out, and raises FloatingPointError: at once on the CPU, elsewhere by ``TrainState.check``
+    (``save_checkpoint`` calls it) or at the end.
     """
     check_made_for(model, diffusion, config.target)
     world, device = processes().num_processes, processes().device
