@@ -28,7 +28,7 @@ CACHE = BUILD / ".jupyter_cache"  # where Jupyter Book looks for outputs
 
 def pytest(distribution: str, *arguments: str, workers: int = min(CORES, 8)) -> list[str]:
     workers = ["-n", str(workers), "--dist", distribution]
-    return [PYTHON, "-m", "pytest", "-q", "--color=no", *workers, *arguments]
+    return [PYTHON, "-m", "pytest", "--color=no", *workers, *arguments]
 
 
 def nbval(workers: int = min(CORES, 8)) -> list[str]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 def _rounded(function):
     def rounded(*args, **kwargs):
         out = function(*args, **kwargs)
-        if out.dtype != torch.float32:
+        if not isinstance(out, torch.Tensor) or out.dtype != torch.float32:  # torch.fx draws graphs of no tensors
             return out
         with torch.no_grad():
             up = (out.detach() * 1e5).frac().abs() > 0.5  # as good as a coin, and the same for the same value
