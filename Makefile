@@ -26,7 +26,7 @@ book: .venv/ready  ## run every notebook and build the site
 test: .venv/ready  ## everything that must hold: lint, unit tests, notebooks, the book
 	@$(BIN)/python tools/check.py lint tests notebooks pages site
 
-portable: .venv/ready  ## the notebooks under other instruction sets, threads and roundings (about an hour)
+portable: .venv/ready  ## the notebooks under other instruction sets, threads and roundings (about 40 minutes)
 	@$(BIN)/python tools/check.py portable
 
 train: .venv/ready  ## train on the full data with the best device found
