@@ -9,36 +9,33 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .diffusion import GaussianDiffusion
-from .pretrained import reading
+from .files import ASIDE, locked, moved, reading, written_aside
+from .optimizer import Muon
+from .predictor import NoisePredictor
 from .settings import check_info, number, whole
-from .unet import UNet
 
 STATE_FILE = "state.safetensors"  # everything that resuming needs, in one file, replaced in one move
 INFO_FILE = "training.json"
-LOCK_FILE = ".lock"  # held while a run writes to its folder; one that a killed run leaves behind locks nothing
-ASIDE = ".writing-"  # the prefix of what is being written; a killed run leaves it behind, the next one writes over it
-MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # what Adam and AdamW keep of each parameter
+MOMENTS = {Muon: ("momentum_buffer",), torch.optim.Adam: ("step", "exp_avg", "exp_avg_sq")}  # kept of each parameter
 
 
 class TrainState(NamedTuple):
     """Yielded after every training step. ``loss``, ``grad_norm`` and ``bad_step`` are scalars still on the device
-    (reading one waits for it); ``model`` has the raw weights, ``ema`` the averaged ones (``ema.module`` is the U-Net
-    that samples).
+    (reading one waits for it); ``model`` has the raw weights, ``ema`` the averaged ones (``ema.module`` is the one that
+    samples).
     """
 
     step: int
     loss: Tensor
     grad_norm: Tensor
     lr: float
-    model: UNet
+    model: NoisePredictor
     ema: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]
     scaler: torch.amp.GradScaler  # of the loss, in fp16; disabled otherwise
     bad_step: Tensor  # the first step whose loss or gradient was not finite; 0: all were
 
@@ -51,10 +48,10 @@ class TrainState(NamedTuple):
             )
 
 
-def save_checkpoint(state: TrainState, diffusion: GaussianDiffusion, folder: str | Path, info: dict) -> None:
-    """Write ``folder``: model.safetensors (EMA weights) and config.json, diffusion.safetensors, training.json
-    (``info``), and the state to resume from. OSError where that fails, FloatingPointError where a step or a value was
-    not finite; the checkpoint before then stays.
+def save_checkpoint(state: TrainState, folder: str | Path, info: dict) -> None:
+    """Write ``folder``: config.json and model.safetensors (the predictor with EMA weights), training.json (``info``),
+    and the state to resume from. OSError where that fails, FloatingPointError where a step or a value was not finite;
+    the checkpoint before then stays.
 
     All files are written aside, then moved into place: training.json first and the state last, so that a crash
     between two moves shows (their steps differ) and ``repair_model`` can mend it.
@@ -62,11 +59,17 @@ def save_checkpoint(state: TrainState, diffusion: GaussianDiffusion, folder: str
     state.check()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"model.{name}": value for name, value in state.model.state_dict().items()}
-    tensors |= {f"ema.{name}": value for name, value in state.ema.module.state_dict().items()}
-    for index, entries in state.optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in entries.items()}
-    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    kept = {"model": state.model.contents()[1], "ema": state.ema.module.contents()[1]}
+    kept["optimizer"] = {
+        f"{name}.{entry}": torch.as_tensor(value)
+        for name, entries in _moments(state.model, state.optimizers)
+        for entry, value in entries.items()
+    }
+    tensors = {
+        f"{group}.{name}": value.detach().cpu().contiguous()
+        for group, tensors in kept.items()
+        for name, value in tensors.items()
+    }
     for name, value in tensors.items():
         if not value.isfinite().all():
             raise FloatingPointError(f"step {state.step}: {name} is not finite, so no checkpoint of it was written")
@@ -81,12 +84,10 @@ def save_checkpoint(state: TrainState, diffusion: GaussianDiffusion, folder: str
     try:
         save_file(tensors, aside / STATE_FILE, metadata=metadata)
         state.ema.module.save_pretrained(aside)
-        diffusion.save_pretrained(aside)
         _write_info(aside / INFO_FILE, info, state.step)
-        (aside / "README.md").unlink(missing_ok=True)  # the hub mixin's empty model card
         order = {INFO_FILE: 0, STATE_FILE: 2}
         for path in sorted(aside.iterdir(), key=lambda path: order.get(path.name, 1)):
-            _replace(path, folder / path.name)
+            moved(path, folder / path.name)
     except SafetensorError as error:  # what it raises for a full disk
         raise OSError(str(error)) from error
     finally:
@@ -95,44 +96,74 @@ def save_checkpoint(state: TrainState, diffusion: GaussianDiffusion, folder: str
 
 def load_state(
     folder: str | Path,
-    model: UNet,
+    model: NoisePredictor,
     ema: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizers: list[torch.optim.Optimizer],
     scaler: torch.amp.GradScaler,
 ) -> int:
-    """Load what ``save_checkpoint`` wrote into the four, and return its step. ValueError for a file that is damaged
-    or belongs to another network."""
+    """Load what ``save_checkpoint`` wrote into these, and return its step. ValueError for a file that is damaged or
+    belongs to another network, or to one with another diffusion."""
     with _reading_state(folder) as file:
         step, averaged, scale = _counters(file)
         # Copies: where a part of the file stayed mapped into memory, Windows would let nobody replace it.
-        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
-        for name, value in tensors.items():
+        groups: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
+        for name in file.keys():
+            value = file.get_tensor(name).clone()
             if not value.is_floating_point() or not value.isfinite().all():
                 raise ValueError(f"{name} is not made of finite numbers")
-        groups: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
-        for name, value in tensors.items():
             group, _, rest = name.partition(".")
             groups[group][rest] = value
-        parameters, moments = list(model.parameters()), {}
-        expected = {f"{i}.{name}" for i in range(len(parameters)) for name in MOMENTS}
-        # In fp16 the scaler may have left out every step so far: then there is nothing yet.
-        if set(groups["optimizer"]) != expected and (groups["optimizer"] or not scaler.is_enabled()):
-            raise ValueError(f"the optimizer's state is not that of {len(parameters)} parameters")
-        for name, value in groups["optimizer"].items():
-            index, _, entry = name.partition(".")
-            if entry != "step":  # in the parameter's memory layout, which a fused optimizer takes for granted
-                like = parameters[int(index)]
-                if value.shape != like.shape:
-                    raise ValueError(f"optimizer.{name} is {tuple(value.shape)}, its parameter {tuple(like.shape)}")
-                value = torch.empty_like(like).copy_(value)
-            moments.setdefault(int(index), {})[entry] = value
-        model.load_state_dict(groups["model"])
-        ema.module.load_state_dict(groups["ema"])
-        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+        for group in ("model", "ema"):
+            if not torch.equal(groups[group].pop("betas"), model.diffusion.exact_betas):
+                raise ValueError(f"its diffusion is not the one given ({model.diffusion.describe()})")
+        _load_moments(model, optimizers, groups["optimizer"], may_be_empty=scaler.is_enabled())
+        model.unet.load_state_dict(groups["model"])
+        ema.module.unet.load_state_dict(groups["ema"])
         if scale and scaler.is_enabled():
             scaler.load_state_dict(scale)
     ema.n_averaged = averaged
     return step
+
+
+def _moments(model: NoisePredictor, optimizers: list[torch.optim.Optimizer]) -> Iterator[tuple[str, dict]]:
+    """What the optimisers keep of each parameter, by its name."""
+    names = {parameter: name for name, parameter in model.unet.named_parameters()}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                yield names[parameter], optimizer.state.get(parameter, {})
+
+
+def _load_moments(
+    model: NoisePredictor, optimizers: list[torch.optim.Optimizer], kept: dict[str, Tensor], may_be_empty: bool
+) -> None:
+    """``kept``, by the names of parameters, into the optimisers. In fp16 the scaler may have left out every step so
+    far: then there is nothing yet."""
+    if not kept and may_be_empty:
+        return
+    names = {parameter: name for name, parameter in model.unet.named_parameters()}
+    moments = {
+        f"{names[parameter]}.{entry}": parameter
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        for entry in MOMENTS[type(optimizer)]
+    }
+    if set(kept) != set(moments):
+        raise ValueError(f"the optimizers' state is not that of {' and '.join(type(o).__name__ for o in optimizers)}")
+    for name, parameter in moments.items():
+        entry = name.rpartition(".")[2]
+        if entry != "step":  # in the parameter's memory layout, which a fused optimizer takes for granted
+            if kept[name].shape != parameter.shape:
+                raise ValueError(f"{name} is {tuple(kept[name].shape)}, its parameter {tuple(parameter.shape)}")
+            kept[name] = torch.empty_like(parameter).copy_(kept[name])
+    for optimizer in optimizers:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        state = {
+            index: {entry: kept[f"{names[parameter]}.{entry}"] for entry in MOMENTS[type(optimizer)]}
+            for index, parameter in enumerate(parameters)
+        }
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def saved_step(folder: str | Path) -> int:
@@ -150,7 +181,7 @@ def repair_model(folder: str | Path) -> None:
             return
         ema = {name.removeprefix("ema."): file.get_tensor(name) for name in file.keys() if name.startswith("ema.")}
     with written_aside(folder / "model.safetensors") as aside:
-        save_file(ema, aside, metadata={"format": "pt"})
+        save_file(ema, aside)
     with written_aside(folder / INFO_FILE) as aside:
         _write_info(aside, info, step)
 
@@ -179,50 +210,6 @@ def check_run_folder(folder: Path, resume: bool) -> None:
     if folder.is_dir():
         with locked(folder):
             pass
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder: ValueError where another process does. The system lets go of it when the process ends, in
-    whatever way."""
-    lock = FileLock(folder / LOCK_FILE, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise ValueError(f"another run is writing to {folder}: wait for its end, or choose another --out") from None
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):  # Windows removes no open file; there releasing it does
-            (folder / LOCK_FILE).unlink()
-        lock.release()
-
-
-@contextlib.contextmanager
-def written_aside(out: Path) -> Iterator[Path]:
-    """A path beside ``out`` to write to; it takes the place of ``out`` when all went well, else it goes."""
-    aside = out.with_name(ASIDE + out.name)
-    try:
-        yield aside
-        _replace(aside, out)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def check_writable(out: Path) -> None:
-    """OSError where ``written_aside`` could not write ``out``: better before the work than after."""
-    aside = out.with_name(ASIDE + out.name)
-    try:
-        aside.touch()
-        aside.unlink()
-    except OSError as error:
-        raise type(error)(f"nothing can be written to {out}: {error.strerror}") from error
-
-
-def _replace(path: Path, target: Path) -> None:
-    with path.open("r+b") as file:  # Windows flushes only what is open for writing
-        os.fsync(file.fileno())  # its contents are on the disk before its name is
-    os.replace(path, target)
 
 
 def _write_info(path: Path, info: dict, step: int) -> None:

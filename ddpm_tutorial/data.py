@@ -19,7 +19,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .pictures import HUB_SOURCE, asking_hub, classes_of, from_folder, from_hub, inside, square, to_tensor
+from .files import asking_hub
+from .pictures import HUB_SOURCE, classes_of, from_folder, from_hub, inside, square, to_tensor
 
 CLASS_NAMES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",

@@ -6,20 +6,13 @@ data (``betas[0] = 0``, ``alphas_cumprod[0] = 1``). Libraries that count from 0 
 DDPM: Ho, Jain, Abbeel, "Denoising Diffusion Probabilistic Models", 2020, arXiv:2006.11239.
 """
 
-import contextlib
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from huggingface_hub import hf_hub_download
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-SHIPPED_WEIGHTS = Path(__file__).parent / "weights"  # the checkpoint that comes with the package
 TARGETS = ("noise", "v", "x_0")  # what a network may learn: one gives the others (chapter 3)
 MAX_SQRT_ALPHA_BAR_T = 0.05  # above this, x_T still shows the data and is not the N(0, I) that sampling starts from
 MAX_COUNT = 1_000_000  # of timesteps, channels, …: what is larger is a slip, and would end in torch's words for it
@@ -105,11 +98,6 @@ def beta_schedule(name: str, num_timesteps: int = 1000) -> Tensor:
     return SCHEDULES[name](num_timesteps)
 
 
-def alpha_bars(name: str, num_timesteps: int) -> Tensor:
-    """ᾱ_0 = 1, ᾱ_1, …, ᾱ_T of the schedule of that name, (T + 1,) float64."""
-    return F.pad((1 - beta_schedule(name, num_timesteps)).cumprod(0), (1, 0), value=1.0)
-
-
 # ----------------------------------------------------------------------------------- the diffusion itself
 class GaussianDiffusion(nn.Module):
     """The Gaussian Markov chain x_0 → x_1 → … → x_T given by β_1 … β_T, and its exact conditionals.
@@ -135,7 +123,7 @@ class GaussianDiffusion(nn.Module):
         previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])  # ᾱ_{t−1}
         one_minus = (1 - alphas_cumprod).clamp(min=1e-20)  # entry 0 is never used as a divisor
         self.num_timesteps = len(betas) - 1
-        self._betas_float64 = betas[1:]  # what save_pretrained writes, so that a loaded copy is exact
+        self.exact_betas = betas[1:]  # float64: what a checkpoint keeps, so that a loaded copy is exact
         tables = {
             "betas": betas,
             "alphas": alphas,
@@ -160,27 +148,24 @@ class GaussianDiffusion(nn.Module):
         """The diffusion of a named schedule: linear, cosine, quadratic or sigmoid."""
         return cls(beta_schedule(name, num_timesteps))
 
-    @classmethod
-    def from_pretrained(cls, folder_or_hub_name: str | Path = SHIPPED_WEIGHTS) -> "GaussianDiffusion":
-        """The diffusion that a checkpoint was trained with, from its ``diffusion.safetensors`` (β_1 … β_T)."""
-        path = Path(folder_or_hub_name) / "diffusion.safetensors"
-        if not path.parent.is_dir():
-            path = hf_hub_download(str(folder_or_hub_name), path.name)
-        try:
-            return cls(load_file(path)["betas"])
-        except (SafetensorError, KeyError) as error:
-            raise ValueError(f"{path} is damaged or holds no betas: {error}") from error
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``diffusion.safetensors`` into ``folder``; ``from_pretrained`` reads it."""
-        save_file({"betas": self._betas_float64.contiguous()}, Path(folder) / "diffusion.safetensors")
+    def describe(self) -> str:
+        """T and the ends of the betas, in words."""
+        first, last = self.exact_betas[0].item(), self.exact_betas[-1].item()
+        return f"T = {self.num_timesteps}, betas from {first:.3g} to {last:.3g}"
 
     # ---------------------------------------------------------------------------- reading the tables
     def at(self, table: Tensor, t: int | Tensor, like: Tensor, first: int = 1) -> Tensor:
-        """``table[t]``, shaped to multiply ``like`` (B, …): (B, 1, …), or a scalar for an int ``t``.
+        """``table[t]``, shaped to multiply ``like`` (B, …): (B, 1, …), or a scalar for an int ``t``. ValueError as by
+        ``check_timesteps``."""
+        self.check_timesteps(t, like, first)
+        if isinstance(t, int):
+            return table[t]
+        return table[t.to(table.device, torch.long)].view(-1, *[1] * (like.ndim - 1))  # (B, 1, …, 1)
 
-        ValueError where t is outside first … T, or is not one integer for each item of the batch. The range is not
-        checked on a GPU, where the host would have to wait, nor by ``torch.compile``, whose graph would break.
+    def check_timesteps(self, t: int | Tensor, like: Tensor, first: int = 1) -> None:
+        """ValueError where t is outside first … T, or is not one integer for each item of the batch ``like`` (B, …).
+        The range is not checked on a GPU, where the host would have to wait, nor by ``torch.compile``, whose graph
+        would break.
         """
         if isinstance(t, Tensor) and t.shape == like.shape[:1] and holds_integers(t):
             seen = t.device.type == "cpu" and len(t) > 0 and not torch.compiler.is_compiling()
@@ -194,9 +179,6 @@ class GaussianDiffusion(nn.Module):
             )
         if low < first or high > self.num_timesteps:
             raise ValueError(f"t must lie in {first} … {self.num_timesteps}, got values from {low} to {high}")
-        if isinstance(t, int):
-            return table[t]
-        return table[t.to(table.device, torch.long)].view(-1, *[1] * (like.ndim - 1))  # (B, 1, …, 1)
 
     # ---------------------------------------------------------------------------------- the forward process
     def q_step(self, x_prev: Tensor, t: int | Tensor, noise: Tensor) -> Tensor:
@@ -304,30 +286,26 @@ def _same_shape(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
         )
 
 
-# ------------------------------------------------------------------------- which diffusion a network was made for
-def check_made_for(model: Callable, diffusion: GaussianDiffusion, target: str | None = None) -> None:
-    """ValueError where a noise model was made for another diffusion, or, if one is given, for another ``target``.
-
-    A ``UNet`` says by its table ``signal`` (√ᾱ_t) what it was made for, and a guided model by the models it ``asks``
-    (``guidance.asking``). A function that says nothing fits everywhere.
-    """
-    for asked in getattr(model, "asks", ()):
-        check_made_for(asked, diffusion, target)
-    if (signal := getattr(model, "signal", None)) is not None:
-        own, given = signal.cpu().double(), diffusion.sqrt_alphas_cumprod.cpu().double()
-        if own.shape != given.shape or not torch.allclose(own, given, atol=1e-5):
-            raise ValueError(
-                f"the network was made for {_described(own)}, and the diffusion has {_described(given)}: "
-                "its answers would be wrong"
-            )
-    if target is not None and (made_for := getattr(model, "target", target)) != target:
-        raise ValueError(f"the network was made for the target {made_for!r}, and the configuration has {target!r}")
+# ------------------------------------------------------------------------- which diffusion a noise model has
+def check_diffusion(model: Callable, diffusion: GaussianDiffusion) -> None:
+    """ValueError where a noise model comes with a diffusion of its own, and this is another one. A plain function has
+    none, and fits everywhere."""
+    own = getattr(model, "diffusion", None)
+    if own is not None and not torch.equal(own.exact_betas, diffusion.exact_betas):
+        raise ValueError(
+            f"the network was trained with another diffusion ({own.describe()}) than the one given "
+            f"({diffusion.describe()}): its answers would be wrong"
+        )
 
 
-def _described(signal: Tensor) -> str:
-    """T, and the name of the schedule if it is one of ours, in words."""
-    T, name = len(signal) - 1, "a schedule without a name"
-    for known in SCHEDULES:
-        with contextlib.suppress(ValueError):  # this one has no such T
-            name = f"the {known} schedule" if torch.allclose(alpha_bars(known, T).sqrt(), signal, atol=1e-5) else name
-    return f"T = {T} ({name})"
+def asking(*models: Callable) -> Callable[[Callable], Callable]:
+    """Decorator of a noise model that asks others: it has their diffusion. ValueError where they differ."""
+    own = next((model.diffusion for model in models if getattr(model, "diffusion", None) is not None), None)
+
+    def mark(model: Callable) -> Callable:
+        model.diffusion = own
+        return model
+
+    for model in models if own is not None else ():
+        check_diffusion(model, own)
+    return mark

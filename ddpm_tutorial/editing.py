@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .diffusion import GaussianDiffusion, check_counts, check_floats, check_made_for, randn_like
-from .guidance import NoiseModel, asking
+from .diffusion import GaussianDiffusion, asking, check_counts, check_diffusion, check_floats, randn_like
+from .guidance import NoiseModel
 from .sampling import SampleStep, checked_at_the_call
 
 
@@ -21,7 +21,7 @@ def keep_known(model: NoiseModel, diffusion: GaussianDiffusion, known: Tensor, m
     if mask.dtype != torch.bool:
         raise ValueError(f"mask must be boolean, true where the image is known; got {mask.dtype}")
     check_floats(known=known)
-    check_made_for(model, diffusion)
+    check_diffusion(model, diffusion)
 
     @asking(model)
     def masked(x_t: Tensor, t: int | Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .diffusion import GaussianDiffusion, check_counts, check_floats, check_made_for, randn_like
+from .diffusion import GaussianDiffusion, check_counts, check_diffusion, check_floats, randn_like
 
 HALF_LEVEL = 1 / 255  # half the distance between two grey levels in [−1, 1]
 
@@ -181,7 +181,7 @@ def bits_per_dim(
     covers the choice of images, of timesteps, and of noise. Results stay on x_0's device. A model that is bound to
     labels is called on ``batch_size`` images at a time: call this once for each batch.
     """
-    check_made_for(model, diffusion)
+    check_diffusion(model, diffusion)
     check_counts(batch_size=batch_size)
     if x_0.ndim != 4 or len(x_0) == 0:
         raise ValueError(f"x_0 must be float images (B, C, H, W), got {x_0.dtype} of shape {tuple(x_0.shape)}")

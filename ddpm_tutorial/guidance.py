@@ -8,24 +8,13 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from .diffusion import SHIPPED_WEIGHTS, GaussianDiffusion, check_counts, check_made_for, holds_integers
-from .pretrained import Pretrained
+from .diffusion import GaussianDiffusion, asking, check_counts, check_diffusion, holds_integers
+from .files import SHIPPED_WEIGHTS, Pretrained
 from .unet import Downsample, ResidualBlock, group_norm, sinusoidal_embedding
 
 NoiseModel = Callable[[Tensor, Tensor], Tensor]  # (x_t (B, …), t (B,)) -> predicted noise (B, …)
-
-
-def asking(*models: NoiseModel) -> Callable[[NoiseModel], NoiseModel]:
-    """Decorator of a noise model that asks these: so ``check_made_for`` knows what it was made for."""
-
-    def mark(model: NoiseModel) -> NoiseModel:
-        model.asks = models
-        return model
-
-    return mark
 
 
 def drop_labels(
@@ -47,7 +36,7 @@ def classifier_free(model, labels: Tensor, guidance_scale: float = 1.0) -> Noise
 
     ``guidance_scale`` s = 1 is the conditional model and 0 the unconditional one, at one evaluation each; any
     other s evaluates both in one batch. The paper's w is s − 1. ``labels`` is (B,); ``model(x_t, t, labels)`` is a
-    class-conditional ``UNet``.
+    class-conditional ``NoisePredictor``.
     """
     num_classes = getattr(model, "num_classes", None)
     if num_classes is None:
@@ -83,7 +72,7 @@ def classifier_guidance(
     classifier forwards and backwards.
     """
     _check_scale(guidance_scale)
-    check_made_for(model, diffusion)
+    check_diffusion(model, diffusion)
 
     @asking(model)
     def guided(x_t: Tensor, t: Tensor) -> Tensor:
@@ -119,7 +108,7 @@ def rescaled(guided: NoiseModel, plain: NoiseModel, diffusion: GaussianDiffusion
     if not 0 <= strength <= 1:
         raise ValueError(f"the strength of rescaling must lie in [0, 1], got {strength}")
     for predict in (guided, plain):
-        check_made_for(predict, diffusion)
+        check_diffusion(predict, diffusion)
 
     def spread(x_0: Tensor) -> Tensor:
         return x_0.flatten(1).std(dim=1).view(-1, *[1] * (x_0.ndim - 1))  # (B, 1, …, 1)
@@ -134,7 +123,7 @@ def rescaled(guided: NoiseModel, plain: NoiseModel, diffusion: GaussianDiffusion
 
 
 # ------------------------------------------------------------------------------------- a classifier of noisy images
-class NoisyClassifier(nn.Module, Pretrained, PyTorchModelHubMixin, library_name="ddpm-tutorial", license="mit"):
+class NoisyClassifier(nn.Module, Pretrained):
     """log p(label | x_t) up to a constant, at every t: x_t (B, in_channels, S, S), t (B,) → logits (B, num_classes).
 
     The way down of the U-Net (chapter 4), as in Dhariwal, Nichol, 2021, section 4. Then one linear layer over all
@@ -148,6 +137,9 @@ class NoisyClassifier(nn.Module, Pretrained, PyTorchModelHubMixin, library_name=
         check_counts(in_channels=in_channels, num_classes=num_classes, channels=channels, image_size=image_size)
         if image_size % 4:
             raise ValueError(f"image_size must be a positive multiple of 4, got {image_size}")
+        self.config = {
+            "in_channels": in_channels, "num_classes": num_classes, "channels": channels, "image_size": image_size
+        }  # fmt: skip
         self.channels, emb_channels = channels, 4 * channels
         self.image_shape = (in_channels, image_size, image_size)
         self.time_mlp = nn.Sequential(

@@ -1,4 +1,4 @@
-"""Losses on the predicted noise, and the weight of each timestep (chapters 3 and 5)."""
+"""Losses on what the network predicts, and the weight of each timestep (chapters 3 and 5)."""
 
 import torch
 import torch.nn.functional as F
@@ -9,37 +9,23 @@ from .diffusion import TARGETS, GaussianDiffusion
 LOSSES = {"l2": F.mse_loss, "l1": F.l1_loss, "huber": F.smooth_l1_loss}
 
 
-def noise_loss(pred_noise: Tensor, noise: Tensor, kind: str = "l2") -> Tensor:
-    """Mean over every element of |ε − ε_θ|² ("l2", L_simple, DDPM eq. 14), |ε − ε_θ| ("l1"), or Huber's loss with
-    its corner at 1 ("huber", quadratic inside, linear outside). Equal shapes in, a scalar out.
+def simple_loss(output: Tensor, wanted: Tensor, kind: str = "l2") -> Tensor:
+    """L_simple (DDPM eq. 14): the mean over every element of |ε − ε_θ|² ("l2"), |ε − ε_θ| ("l1"), or Huber's loss with
+    its corner at 1 ("huber", quadratic inside, linear outside). A network that answers with v or x_0 is compared with
+    that (``NoisePredictor.wanted``). Equal shapes in, a scalar out.
     """
     if kind not in LOSSES:
         raise ValueError(f"unknown loss {kind!r}; the known ones are {', '.join(LOSSES)}")
-    _same_shape(pred_noise, noise)
-    return LOSSES[kind](pred_noise, noise)
-
-
-def target_loss(
-    pred_noise: Tensor, noise: Tensor, t: Tensor, diffusion: GaussianDiffusion, target: str = "noise", kind: str = "l2"
-) -> Tensor:
-    """``noise_loss`` of the noise ("noise"), of v ("v") or of x_0 ("x_0"). The errors of one prediction are multiples
-    of each other: v_θ − v = (ε_θ − ε) / √ᾱ_t and x_θ − x_0 = −(ε_θ − ε) √(1 − ᾱ_t) / √ᾱ_t (chapter 3).
-    (B, …), (B, …), t (B,) in 1 … T; a scalar out.
-    """
-    _check_target(target)
-    if target != "noise":
-        factor = 1 / diffusion.at(diffusion.sqrt_alphas_cumprod, t, noise)
-        if target == "x_0":
-            factor = factor * diffusion.at(diffusion.sqrt_one_minus_alphas_cumprod, t, noise)
-        pred_noise, noise = factor * pred_noise, factor * noise
-    return noise_loss(pred_noise, noise, kind)
+    _same_shape(output, wanted)
+    return LOSSES[kind](output, wanted)
 
 
 def timestep_probabilities(diffusion: GaussianDiffusion, target: str = "noise") -> Tensor:
     """How often training draws each timestep, (T + 1,), float64; entry 0 is 0, the sum 1. For "noise" and "x_0" all
     alike (DDPM algorithm 1). For "v" in proportion to φ_t − φ_{t−1}, where x_t = cos φ_t · x_0 + sin φ_t · ε.
     """
-    _check_target(target)
+    if target not in TARGETS:
+        raise ValueError(f"unknown target {target!r}; the known ones are {', '.join(TARGETS)}")
     if target != "v":
         shares = torch.ones(diffusion.num_timesteps + 1, dtype=torch.float64)
         shares[0] = 0
@@ -92,11 +78,6 @@ def min_snr_weights(diffusion: GaussianDiffusion, gamma: float = 5.0) -> Tensor:
         raise ValueError(f"gamma must be positive, got {gamma}")
     snr_inverse = (diffusion.sqrt_one_minus_alphas_cumprod / diffusion.sqrt_alphas_cumprod) ** 2
     return (gamma * snr_inverse).clamp(max=1)
-
-
-def _check_target(target: str) -> None:
-    if target not in TARGETS:
-        raise ValueError(f"unknown target {target!r}; the known ones are {', '.join(TARGETS)}")
 
 
 def _same_shape(pred_noise: Tensor, noise: Tensor) -> None:

@@ -5,22 +5,24 @@ what the Fréchet distance, the kernel distance, the Inception Score, precision 
 """
 
 import contextlib
+import statistics
 import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from .data import batch_indices, seeded_generator, to_model_range
-from .diffusion import SHIPPED_WEIGHTS, GaussianDiffusion, check_counts
-from .pretrained import Pretrained
+from .data import ImageData, batch_indices, seeded_generator, to_model_range
+from .diffusion import GaussianDiffusion, check_counts
+from .files import SHIPPED_WEIGHTS, Pretrained
+
+REAL_SUBSETS = 10  # random subsets of the test set for the real floor
 
 
 def _layout(device: torch.device) -> torch.memory_format:
@@ -28,7 +30,7 @@ def _layout(device: torch.device) -> torch.memory_format:
     return torch.channels_last if device.type in ("cuda", "cpu") else torch.contiguous_format
 
 
-class Classifier(nn.Module, Pretrained, PyTorchModelHubMixin, library_name="ddpm-tutorial", license="mit"):
+class Classifier(nn.Module, Pretrained):
     """Images (B, in_channels, H, W) in [−1, 1] → logits (B, num_classes). ``features`` gives what the last layer sees,
     (B, num_features): the mean over positions of the last convolution's output. Made for 28×28.
     """
@@ -38,6 +40,7 @@ class Classifier(nn.Module, Pretrained, PyTorchModelHubMixin, library_name="ddpm
     def __init__(self, in_channels: int = 1, num_classes: int = 10, num_features: int = 96):
         super().__init__()
         check_counts(in_channels=in_channels, num_classes=num_classes, num_features=num_features)
+        self.config = {"in_channels": in_channels, "num_classes": num_classes, "num_features": num_features}
         self.in_channels, self.num_classes, self.num_features = in_channels, num_classes, num_features
 
         def conv(inputs: int, outputs: int) -> list[nn.Module]:
@@ -239,6 +242,32 @@ def balanced_subset(labels: Tensor, count: int, generator: torch.Generator | Non
     # the first of its class, the second, …
     rank = F.one_hot(labels[order]).cumsum(0).gather(1, labels[order][:, None])[:, 0]
     return order[rank.argsort(stable=True)[:count]]
+
+
+def spread(sets: list[dict[str, float]]) -> dict[str, dict[str, float | None]]:
+    """Mean and standard deviation of each figure over several sets; the deviation of one set is None."""
+    table = {name: [figures[name] for figures in sets] for name in sets[0]}
+    return {
+        name: {"mean": statistics.mean(v), "deviation": statistics.stdev(v) if len(v) > 1 else None}
+        for name, v in table.items()
+    }
+
+
+def of_subsets(figures: Callable[[Tensor], dict], labels: Tensor, count: int, seed: int) -> dict:
+    """The ``spread`` of ``figures(indices)`` over random subsets of ``count`` images with these labels, classes alike:
+    the figures of real images, which those of as many samples stand beside. One subset, where it takes all images."""
+    number = REAL_SUBSETS if count < len(labels) else 1
+    return spread([figures(balanced_subset(labels, count, seeded_generator(seed, i))) for i in range(number)])
+
+
+def real_figures(test: ImageData, reference: Seen, count: int, seed: int = 0, judge: Classifier | None = None) -> dict:
+    """``of_subsets`` of what a judge (default: the shipped one) sees in real test images; each image is seen once."""
+    held_out = look(test.images, judge)
+
+    def figures(chosen: Tensor) -> dict[str, float]:
+        return sample_figures(Seen(*(seen[chosen] for seen in held_out)), test.labels[chosen], reference, seed)
+
+    return of_subsets(figures, test.labels, count, seed)
 
 
 def accuracy_trained_on(images: Tensor, labels: Tensor, test_images: Tensor, test_labels: Tensor) -> float:

@@ -3,12 +3,11 @@
 What would be misread is refused with its name, never guessed.
 """
 
-import contextlib
 import io
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +16,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm.auto import tqdm
+
+from .files import asking_hub
 
 ENDINGS = frozenset(
     ".jpg .jpeg .jpe .jfif .png .gif .bmp .webp .avif .tif .tiff .pbm .pgm .ppm .pnm".split()
@@ -124,22 +125,6 @@ def _openers(files: list[Path]) -> list[tuple[str, Callable[[], Image.Image]]]:
 
 
 # ------------------------------------------------------------------------------------------------ the hub
-@contextlib.contextmanager
-def asking_hub() -> Iterator[None]:
-    """A question to the hub is asked twice at most, quietly; the library asks six times, in 23 s and twelve lines."""
-    from huggingface_hub.utils import http_backoff, logging
-
-    level, options = logging.get_verbosity(), getattr(http_backoff, "__kwdefaults__", None) or {}
-    before = dict(options)
-    logging.set_verbosity_error()
-    options["max_retries"] = 1  # of questions; downloads have their own retries
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        options.update(before)
-
-
 def from_hub(source: str, split: str) -> Found:
     """A data set on the hub, as owner/name or owner/name:CONFIGURATION, by its columns of images and of labels."""
     import datasets

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .data import to_uint8
-from .diffusion import GaussianDiffusion, check_floats, check_made_for, randn_like
+from .diffusion import GaussianDiffusion, check_diffusion, check_floats, randn_like
 
 
 class SampleStep(NamedTuple):
@@ -50,7 +50,7 @@ def _check_arguments(
     model, diffusion: GaussianDiffusion, shape, x_T, start, num_inference_steps=1, variance="beta", eta=0, **_others
 ) -> None:
     T = diffusion.num_timesteps
-    check_made_for(model, diffusion)
+    check_diffusion(model, diffusion)
     if not isinstance(shape, Sequence) or not all(isinstance(size, int) and size >= 0 for size in shape):
         raise ValueError(f"shape must be that of the samples, (B, …), got {shape!r}")
     ddim_timesteps(T, num_inference_steps)  # says what is wrong

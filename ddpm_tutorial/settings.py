@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 TARGETS = ("noise", "v", "x_0")
 LOSSES = ("l2", "l1", "huber")
-OPTIMIZERS = ("adamw", "adam")
+OPTIMIZERS = ("muon", "adam")
 PRECISIONS = ("no", "bf16", "fp16")
 SCHEDULES = ("linear", "cosine", "quadratic", "sigmoid")
 SAMPLERS = ("ddim", "ddpm", "heun", "dpmpp-2m")
@@ -93,20 +93,19 @@ class TrainConfig(Settings):
 
     num_train_steps: int = setting(20_000, whole(), "optimiser steps")
     batch_size: int = setting(64, whole(), "images a step, over all processes together")
-    # linear warm-up to the peak, then a cosine down to 0 at the last step
-    lr: float = setting(1e-3, number("above 0", lambda lr: lr > 0), "peak learning rate")
-    warmup_steps: int = setting(200, whole(0), "steps of linear warm-up")
-    optimizer: str = setting("adamw", one_of(*OPTIMIZERS), "adamw or adam")
-    weight_decay: float = setting(0.0, number("of at least 0", lambda decay: decay >= 0), "weight decay")
+    lr: float = setting(6e-3, number("above 0", lambda lr: lr > 0), "learning rate, from warm-up to cool-down")
+    warmup_steps: int = setting(200, whole(0), "first steps, in which the rate rises to --lr")
+    cooldown: float = setting(
+        0.3, number("in [0, 1]", lambda share: 0 <= share <= 1), "share of the steps, the last, in which it falls to 0"
+    )
+    optimizer: str = setting(
+        "muon", one_of(*OPTIMIZERS), "muon (Adam moves the outer layers, biases and norms) or adam"
+    )
     grad_clip: float = setting(1.0, number("above 0", lambda norm: norm > 0), "largest norm of the gradient")
     # lower in the first steps: min(decay, (1 + n) / (10 + n))
     ema_decay: float = setting(
         0.999, number("in [0, 1)", lambda decay: 0 <= decay < 1), "decay of the averaged weights that sample"
     )
-    target: str = setting(
-        "noise", one_of(*TARGETS),
-        "what layers and loss are about: noise or x_0, drawing t uniformly, or v, drawing its angle uniformly",
-    )  # fmt: skip
     loss: str = setting("l2", one_of(*LOSSES), "l2, l1 or huber")
     # a dropped label becomes the null label
     label_dropout: float = setting(
@@ -136,6 +135,10 @@ class RunSettings(Settings):
     )
     image_channels: int | None = setting(None, or_none(COLOURS), "1: grey, 3: colour (default: as they are)")
     unconditional: bool = setting(False, FLAG, "a model without class labels")
+    target: str = setting(
+        "v", one_of(*TARGETS),
+        "what the network's output stands for: noise or x_0, drawing t uniformly, or v, drawing its angle uniformly",
+    )  # fmt: skip
     schedule: str = setting("linear", one_of(*SCHEDULES), "linear, cosine, quadratic or sigmoid")
     num_timesteps: int = setting(1000, whole(1, 100_000), "length of the diffusion")
     channels: int = setting(64, whole(1, 8192), "width of the U-Net's finest level")

@@ -1,4 +1,4 @@
-"""The noise predictor: a U-Net built from small blocks (chapter 4).
+"""The U-Net, built from small blocks: a plain network of (x, t, label) (chapter 4).
 
 Ronneberger et al., 2015, arXiv:1505.04597; as used by DDPM (appendix B) and Dhariwal, Nichol, 2021,
 arXiv:2105.05233 (scale-shift conditioning, class embedding).
@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from .diffusion import SHIPPED_WEIGHTS, TARGETS, alpha_bars, check_counts, check_floats, holds_integers
-from .pretrained import Pretrained
+from .diffusion import check_counts, check_floats, holds_integers
+
+HEAD_MAPS, HEAD_CHANNELS = 4, 16  # of the head: maps for each colour that it gets, channels that it works with
 
 
 def sinusoidal_embedding(t: Tensor, dim: int, max_period: float = 10_000) -> Tensor:
@@ -112,32 +112,43 @@ class Stage(nn.Module):
         return self.attention(self.block(x, emb))
 
 
-class UNet(
-    nn.Module,
-    Pretrained,
-    PyTorchModelHubMixin,
-    library_name="ddpm-tutorial",
-    license="mit",
-    tags=["ddpm", "fashion-mnist"],
-):
-    """ε_θ(x_t, t, label): noisy images (B, in_channels, H, W) → the predicted noise, same shape.
+class Head(nn.Module):
+    """maps (B, maps, H, W), x (B, C, H, W), embedding (B, emb) → (B, C, H, W): the last step of a network that works on
+    folded pixels, at full resolution.
+
+    Three 3×3 convolutions; the embedding scales and shifts what the first one gives, the last one starts at zero.
+    Without it, the pixels of a patch never meet at their own resolution, and a grid of dots stays in the samples.
+    """
+
+    def __init__(self, maps: int, in_channels: int, emb_channels: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(maps + in_channels, HEAD_CHANNELS, 3, padding=1)
+        self.emb = nn.Linear(emb_channels, 2 * HEAD_CHANNELS)
+        self.conv2 = nn.Conv2d(HEAD_CHANNELS, HEAD_CHANNELS, 3, padding=1)
+        self.conv_out = zeroed(nn.Conv2d(HEAD_CHANNELS, in_channels, 3, padding=1))
+
+    def forward(self, maps: Tensor, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.conv1(torch.cat([maps, x], dim=1))
+        scale, shift = self.emb(F.silu(emb))[:, :, None, None].chunk(2, dim=1)  # (B, channels, 1, 1) each
+        h = self.conv2(F.silu(h * (1 + scale) + shift))
+        return self.conv_out(F.silu(h))
+
+
+class UNet(nn.Module):
+    """F(x, t, label): images (B, in_channels, H, W) → as many numbers, same shape. What they mean, and which noise
+    belongs to t, it does not know: ``NoisePredictor`` does.
 
     H and W must be divisible by ``patch_size`` · 2^(levels − 1), where levels = len(channel_mults).
 
     - ``channels`` · ``channel_mults`` is the width of each level; the resolution halves from level to level.
     - ``num_res_blocks`` residual blocks a level on the way down, and as many on the way up.
     - ``attention_levels``: the levels (0 is the finest) with self-attention, beside the middle one.
-    - ``patch_size`` p > 1 folds p×p pixels into channels first (pixel-unshuffle), so all work is at 1/p of the size.
+    - ``patch_size`` p > 1 folds p×p pixels into channels first (pixel-unshuffle), so nearly all work is at 1/p of the
+      size; a ``Head`` ends it at full resolution.
     - ``num_classes`` adds a label embedding with one extra entry, the null label ``num_classes`` ("no label").
-    - ``target``: what the layers give, "noise", "v" or "x_0". The last lines turn it into noise by the formulas of
-      chapter 3, with the ᾱ_t of ``schedule`` over ``num_timesteps``. From v, ε = √(1 − ᾱ_t) x_t + √ᾱ_t v: at large t,
-      where x_t is nearly all noise, only the small rest is left to the layers. Samplers and ``train`` refuse another
-      diffusion than that of ``schedule`` and ``num_timesteps``, whatever the target.
 
-    The input and output convolutions work on patches; the output one starts at zero.
+    The last convolution starts at zero. ``config`` holds the arguments.
     """
-
-    shipped = SHIPPED_WEIGHTS
 
     def __init__(
         self,
@@ -149,9 +160,6 @@ class UNet(
         num_heads: int = 4,
         patch_size: int = 1,
         num_classes: int | None = None,
-        target: str = "noise",
-        schedule: str = "linear",
-        num_timesteps: int = 1000,
     ):
         super().__init__()
         check_counts(
@@ -164,8 +172,6 @@ class UNet(
         levels = range(max(2, len(channel_mults)))  # the default, (1,), may stay where there is level 0 only
         if not isinstance(attention_levels, Sequence) or not all(level in levels for level in attention_levels):
             raise ValueError(f"attention_levels must lie in 0 … {len(channel_mults) - 1}, got {attention_levels!r}")
-        if target not in TARGETS:
-            raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
         widths = [channels * mult for mult in channel_mults]
         for width in widths:
             if width % (2 * num_heads):
@@ -178,10 +184,11 @@ class UNet(
         self.in_channels, self.channels = in_channels, channels
         self.patch_size, self.num_classes = patch_size, num_classes
         self.size_divisor = patch_size * 2 ** (len(widths) - 1)
-        self.target, self.num_timesteps = target, num_timesteps
-        alphas_cumprod = alpha_bars(schedule, num_timesteps)  # what it is made for, whatever the target
-        self.register_buffer("signal", alphas_cumprod.sqrt().float(), persistent=False)
-        self.register_buffer("noise", (1 - alphas_cumprod).sqrt().float(), persistent=False)
+        self.config = {
+            "in_channels": in_channels, "channels": channels, "channel_mults": list(channel_mults),
+            "num_res_blocks": num_res_blocks, "attention_levels": list(attention_levels), "num_heads": num_heads,
+            "patch_size": patch_size, "num_classes": num_classes,
+        }  # fmt: skip
 
         self.time_mlp = nn.Sequential(
             nn.Linear(channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
@@ -211,7 +218,12 @@ class UNet(
                 self.upsample.append(Upsample(width, widths[level - 1]))
 
         self.norm_out = group_norm(widths[0])
-        self.conv_out = zeroed(nn.Conv2d(widths[0], patch_channels, 3, padding=1))
+        if patch_size == 1:
+            self.conv_out, self.head = zeroed(nn.Conv2d(widths[0], in_channels, 3, padding=1)), None
+        else:
+            maps = HEAD_MAPS * in_channels
+            self.conv_out = nn.Conv2d(widths[0], maps * patch_size**2, 3, padding=1)
+            self.head = Head(maps, in_channels, emb_channels)
 
     def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """x_t (B, C, H, W), t (B,) integers, labels (B,) integers in 0 … num_classes (None: the null label)."""
@@ -240,10 +252,7 @@ class UNet(
 
         x = self.conv_out(F.silu(self.norm_out(x)))
         x = rearrange(x, "b (c p q) h w -> b c (h p) (w q)", p=p, q=p)
-        if self.target == "noise":
-            return x
-        signal, noise = (table[t][:, None, None, None] for table in (self.signal, self.noise))
-        return noise * x_t + signal * x if self.target == "v" else (x_t - signal * x) / noise
+        return x if self.head is None else self.head(x, x_t, emb)
 
     def _embed(self, t: Tensor, labels: Tensor | None) -> Tensor:
         emb = self.time_mlp(sinusoidal_embedding(t, self.channels))  # (B, 4·channels)
@@ -254,7 +263,8 @@ class UNet(
         return emb + self.label_emb(labels)
 
     def _checked(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """t and labels as int64; ValueError for what does not fit."""
+        """t and labels as int64; ValueError for what does not fit. The range of labels is not checked on a GPU, where
+        the host would have to wait, nor by ``torch.compile``, whose graph would break."""
         check_floats(x_t=x_t)
         if x_t.ndim != 4 or x_t.shape[1] != self.in_channels:
             raise ValueError(f"x_t must be (B, {self.in_channels}, H, W), got {tuple(x_t.shape)}")
@@ -263,25 +273,26 @@ class UNet(
                 f"this U-Net takes heights and widths divisible by {self.size_divisor}, "
                 f"got {x_t.shape[2]}×{x_t.shape[3]}"
             )
-        t = _one_an_image("t", t, x_t, 1, self.num_timesteps, "T")
+        t = _one_an_image("t", t, x_t)
         if labels is None:
             return t, None
         if self.label_emb is None:
             raise ValueError("labels were given to a U-Net without num_classes")
-        return t, _one_an_image("labels", labels, x_t, 0, self.num_classes, "the null label")
+        labels = _one_an_image("labels", labels, x_t)
+        if labels.device.type == "cpu" and len(labels) and not torch.compiler.is_compiling():
+            if not 0 <= labels.min() <= labels.max() <= self.num_classes:
+                raise ValueError(
+                    f"labels must lie in 0 … {self.num_classes} ({self.num_classes} is the null label), "
+                    f"got {labels.min().item()} … {labels.max().item()}"
+                )
+        return t, labels
 
 
-def _one_an_image(name: str, values: Tensor, x_t: Tensor, low: int, high: int, last: str) -> Tensor:
-    """``values`` as int64; ValueError where they are not (B,) integers in low … high. The range is not checked on a
-    GPU, where the host would have to wait, nor by ``torch.compile``, whose graph would break."""
+def _one_an_image(name: str, values: Tensor, x_t: Tensor) -> Tensor:
+    """``values`` as int64; ValueError where they are not integers (B,)."""
     if not isinstance(values, Tensor) or values.shape != x_t.shape[:1]:
         given = tuple(values.shape) if isinstance(values, Tensor) else repr(values)
         raise ValueError(f"{name} must be ({x_t.shape[0]},), one an image; got {given}")
     if not holds_integers(values):
         raise ValueError(f"{name} must be integers, got {values.dtype}")
-    values = values.long()
-    if values.device.type == "cpu" and len(values) and not torch.compiler.is_compiling():
-        if not low <= values.min() <= values.max() <= high:
-            found = f"{values.min().item()} … {values.max().item()}"
-            raise ValueError(f"{name} must lie in {low} … {high} ({high} is {last}), got {found}")
-    return values
+    return values.long()

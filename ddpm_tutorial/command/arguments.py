@@ -4,8 +4,8 @@ import argparse
 from dataclasses import fields
 from pathlib import Path
 
-from . import __version__
-from .settings import SAMPLERS, SEED, TEXT, RunSettings, TrainConfig, number, one_of, whole
+from .. import __version__
+from ..settings import SAMPLERS, SEED, TEXT, RunSettings, TrainConfig, number, one_of, whole
 
 SHIPPED = "the weights shipped with the package"
 MAX_IMAGES = 1_000_000  # of one command: a grid and a FILE.npz are made in memory

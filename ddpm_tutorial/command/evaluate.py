@@ -1,44 +1,74 @@
-"""What ``ddpm-tutorial evaluate`` measures: the bound of real images; what a classifier sees in samples (chapter 8)."""
+"""``ddpm-tutorial evaluate``: the bound of real images; what a classifier sees in samples (chapters 2 and 8)."""
 
-import statistics
+import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .data import CLASS_NAMES, ImageData, load_fashion_mnist, load_images, seeded_generator, to_model_range
-from .elbo import bits_per_dim, mean_and_error
-from .metrics import (
+from ..data import CLASS_NAMES, load_fashion_mnist, load_images, seeded_generator, to_model_range
+from ..drawing import draw_images, read_samples
+from ..elbo import bits_per_dim, mean_and_error
+from ..files import check_writable, written_aside
+from ..metrics import (
     Classifier,
     InceptionV3,
-    Seen,
     accuracy_trained_on,
     balanced_subset,
     look,
     nearest_neighbours,
+    of_subsets,
     sample_figures,
+    spread,
 )
-from .trained import Trained, draw_images, read_samples
+from ..predictor import NoisePredictor
+from ..training import processes
 
-REAL_SUBSETS = 10  # random subsets of the test set for the real floor
+
+def run(
+    checkpoint: str | None = None,
+    data: str | None = None,
+    metric: str = "bits-per-dim",
+    seed: int = 0,
+    out: Path | None = None,
+    **options,
+) -> int:
+    chosen, taken = f"--metric {metric}", {"num_images", "split", "num_steps"}
+    if metric == "samples":
+        taken = set(options) - {"split", "num_steps"}
+        if "samples" in options:
+            chosen, taken = "--samples FILE", {"samples", "repeats", "features"}
+    if other := [f"--{name.replace('_', '-')}" for name in options if name not in taken]:
+        raise ValueError(f"{', '.join(other)} has no meaning with {chosen}")
+    if out is not None and (out.suffix.lower() != ".json" or out.is_dir() or not out.parent.is_dir()):
+        raise ValueError(f"--out must be a FILE.json in a folder that exists, got {out}")
+    if out is not None:
+        check_writable(out)
+    measure, show = METRICS[metric]
+    model = NoisePredictor.from_pretrained(checkpoint).to(processes().device)
+    report = {"metric": metric, "seed": seed} | measure(model, data, seed, **options)
+    if out is not None:  # before anything is printed: the figures took time
+        with written_aside(out) as aside:
+            aside.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    show(report)
+    return 0
 
 
 def measure_bits(
-    trained: Trained, data: str | None, seed: int, num_images: int = 200, split: str = "test", num_steps: int = 50
+    model: NoisePredictor, data: str | None, seed: int, num_images: int = 200, split: str = "test", num_steps: int = 50
 ) -> dict:
     """The figures of the bound of real images, term by term. FloatingPointError where they are not finite."""
-    channels, height, width = trained.image_shape
+    channels, height, width = model.image_shape
     images = load_images(data, split, height if height == width else None, channels).images
     if num_images > len(images):
         raise ValueError(f"--num-images must be at most {len(images)}, the size of the {split} split; got {num_images}")
     generator = seeded_generator(seed)
-    if images.shape[1:] != trained.image_shape:
-        raise ValueError(f"the network draws {trained.image_shape}, the data has {tuple(images.shape[1:])}")
+    if images.shape[1:] != model.image_shape:
+        raise ValueError(f"the network draws {model.image_shape}, the data has {tuple(images.shape[1:])}")
     chosen = torch.randperm(len(images), generator=generator)[: num_images or len(images)]
-    x_0 = to_model_range(images[chosen]).to(trained.device)
-    result = bits_per_dim(trained.model, trained.diffusion, x_0, generator, num_steps=num_steps or None, progress=True)
+    x_0 = to_model_range(images[chosen]).to(model.device)
+    result = bits_per_dim(model, model.diffusion, x_0, generator, num_steps=num_steps or None, progress=True)
 
     first = (result.terms * (result.timesteps == 1)) @ result.weights
     middle = result.total - result.prior - first
@@ -58,9 +88,9 @@ def print_bits(report: dict) -> None:
 
 
 def measure_samples(
-    trained: Trained, data: str | None, seed: int, num_images: int = 200, samples: Path | None = None, repeats: int = 1,
-    features: str = "own", sampler: str = "ddim", num_inference_steps: int | None = None, guidance_scale: float = 1.0,
-    eta: float | None = None,
+    model: NoisePredictor, data: str | None, seed: int, num_images: int = 200, samples: Path | None = None,
+    repeats: int = 1, features: str = "own", sampler: str = "ddim", num_inference_steps: int | None = None,
+    guidance_scale: float = 1.0, eta: float | None = None,
 ) -> dict:  # fmt: skip
     """The figures of samples beside those of as many real test images.
 
@@ -68,10 +98,10 @@ def measure_samples(
     random subsets of the test set, equally many of each class. Each figure is a mean and a standard deviation over
     the sets (over one set, for the classifier trained on them).
     """
-    if list(trained.class_names) != list(CLASS_NAMES) or trained.image_shape != (1, 28, 28):
+    if list(model.class_names) != list(CLASS_NAMES) or model.image_shape != (1, 28, 28):
         raise ValueError("--metric samples knows Fashion-MNIST only: its classifier was trained on those ten classes")
     train, test = load_fashion_mnist("train", data), load_fashion_mnist("test", data)
-    judge = _judge(features, trained.device)
+    judge = _judge(features, model.device)
     if samples is None:
         options = {"sampler": sampler, "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
         options["eta"] = eta
@@ -86,7 +116,7 @@ def measure_samples(
         raise ValueError(f"between {least} and {len(test.images)} images can be judged beside this data, got {count}")
     if samples is None:
         labels = torch.arange(count) % len(CLASS_NAMES)
-        drawn = [(draw_images(trained, labels, **options, seed=seed + i), labels) for i in range(repeats)]
+        drawn = [(draw_images(model, labels, **options, seed=seed + i), labels) for i in range(repeats)]
     else:
         sets = [slice(i, repeats * count, repeats) for i in range(repeats)]  # a file sorted by class stays balanced
         drawn = [(images[chosen], labels[chosen]) for chosen in sets]
@@ -132,32 +162,6 @@ def _check_samples(path: Path, images: Tensor, labels: Tensor) -> None:
         raise ValueError(
             f"{path} must hold all ten classes, as the real images beside it do: missing is {', '.join(missing)}"
         )
-
-
-def spread(sets: list[dict[str, float]]) -> dict[str, dict[str, float | None]]:
-    """Mean and standard deviation of each figure over several sets; the deviation of one set is None."""
-    table = {name: [figures[name] for figures in sets] for name in sets[0]}
-    return {
-        name: {"mean": statistics.mean(v), "deviation": statistics.stdev(v) if len(v) > 1 else None}
-        for name, v in table.items()
-    }
-
-
-def of_subsets(figures: Callable[[Tensor], dict], labels: Tensor, count: int, seed: int) -> dict:
-    """The ``spread`` of ``figures(indices)`` over random subsets of ``count`` images with these labels, classes alike:
-    the figures of real images, which those of as many samples stand beside. One subset, where it takes all images."""
-    number = REAL_SUBSETS if count < len(labels) else 1
-    return spread([figures(balanced_subset(labels, count, seeded_generator(seed, i))) for i in range(number)])
-
-
-def real_figures(test: ImageData, reference: Seen, count: int, seed: int = 0, judge: Classifier | None = None) -> dict:
-    """``of_subsets`` of what a judge (default: the shipped one) sees in real test images; each image is seen once."""
-    held_out = look(test.images, judge)
-
-    def figures(chosen: Tensor) -> dict[str, float]:
-        return sample_figures(Seen(*(seen[chosen] for seen in held_out)), test.labels[chosen], reference, seed)
-
-    return of_subsets(figures, test.labels, count, seed)
 
 
 def print_figures(report: dict) -> None:
