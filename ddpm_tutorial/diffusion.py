@@ -281,9 +281,7 @@ def randn_like(x: Tensor, generator: torch.Generator | Sequence[torch.Generator]
 def _same_shape(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
     check_floats(**{name_a: a, name_b: b})
     if a.shape != b.shape:
-        raise ValueError(
-            f"{name_a} and {name_b} must have one shape, got {tuple(a.shape)} and {tuple(b.shape)}"
-        )
+        raise ValueError(f"{name_a} and {name_b} must have one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
 
 
 # ------------------------------------------------------------------------- which diffusion a noise model has

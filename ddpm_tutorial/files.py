@@ -102,8 +102,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 # ------------------------------------------------------------------------------------------------ networks
 class Pretrained:
-    """Stands among a network's bases. ``config`` is what its constructor takes, ``shipped`` the folder of its weights.
-    """
+    """Stands among a network's bases. ``config`` is what its constructor takes, ``shipped`` the folder of its weights."""
 
     shipped: ClassVar[Path]
     config: dict[str, Any]

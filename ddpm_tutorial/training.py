@@ -6,7 +6,6 @@ writes the log, the sample grids and the checkpoints.
 
 import copy
 import inspect
-import math
 import os
 import warnings
 from collections.abc import Iterator
