@@ -89,9 +89,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class TrainConfig(Settings):
-    """What a training depends on. ValueError names a setting that is out of range."""
+    """What a training depends on; the defaults made the shipped weights. ValueError names a setting out of range."""
 
-    num_train_steps: int = setting(20_000, whole(), "optimiser steps")
+    num_train_steps: int = setting(40_000, whole(), "optimiser steps")
     batch_size: int = setting(64, whole(), "images a step, over all processes together")
     lr: float = setting(6e-3, number("above 0", lambda lr: lr > 0), "learning rate, from warm-up to cool-down")
     warmup_steps: int = setting(200, whole(0), "first steps, in which the rate rises to --lr")
@@ -113,7 +113,7 @@ class TrainConfig(Settings):
         "share of labels dropped, for classifier-free guidance",
     )  # fmt: skip
     precision: str = setting(
-        "no", one_of(*PRECISIONS), "no (float32), bf16 or fp16 autocast; the last two are for GPUs"
+        "no", one_of(*PRECISIONS), "no (float32), bf16 or fp16 autocast; for GPUs, bf16 for new CPUs too"
     )
     compile: bool = setting(False, FLAG, "torch.compile: minutes before the first step, then faster ones")
     seed: int = setting(0, SEED, "seed of the initial weights, the batches, the timesteps and the noise")
@@ -141,7 +141,7 @@ class RunSettings(Settings):
     )  # fmt: skip
     schedule: str = setting("linear", one_of(*SCHEDULES), "linear, cosine, quadratic or sigmoid")
     num_timesteps: int = setting(1000, whole(1, 100_000), "length of the diffusion")
-    channels: int = setting(64, whole(1, 8192), "width of the U-Net's finest level")
+    channels: int = setting(48, whole(1, 8192), "width of the U-Net's finest level")
     channel_mults: list[int] = setting([1, 2], some(whole(1, 64)), "each level's width over --channels")
     num_res_blocks: int = setting(1, whole(1, 64), "residual blocks a level")
     patch_size: int = setting(

@@ -80,6 +80,10 @@ def train(
     finite is left out, and raises FloatingPointError: at once on the CPU, elsewhere by ``TrainState.check``
     (``save_checkpoint`` calls it) or at the end.
     """
+    if not isinstance(model, NoisePredictor):
+        raise ValueError(
+            f"train takes a NoisePredictor (a network with its target and diffusion), got {type(model).__name__}"
+        )
     world, device, unet = processes().num_processes, processes().device, model.unet
     if images.dtype != torch.uint8 or images.ndim != 4:
         raise ValueError(f"images must be uint8 (N, C, H, W), got {images.dtype} {tuple(images.shape)}")
