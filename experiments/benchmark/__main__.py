@@ -124,10 +124,12 @@ def print_table(result: dict) -> None:
 
 
 def speed_benchmark(
-    command: str, out: Path, device: torch.device, rounds: int = 5, quick: bool = False, compile: bool | None = None
-) -> None:
+    command: str, out: Path, device: torch.device, rounds: int = 5, quick: bool = False, compile: bool | None = None,
+    until: float = float("inf"),
+) -> None:  # fmt: skip
     """``quick``: a few networks, and on a CPU tiny batches."""
-    batch_size = 2 if quick and device.type == "cpu" else 64
+    tiny = quick and device.type == "cpu"
+    batch_size = 2 if tiny else 64
     ways = settings(device, device.type == "cuda" if compile is None else compile)
     about = {"rounds": rounds, "batch_size": batch_size, "seed": 0, "network": shipped_config(), "device": device.type}
     table = Table(out, command, about | {"ddpm_tutorial": ddpm_tutorial.__version__}, [])
@@ -135,7 +137,7 @@ def speed_benchmark(
         return
     nets = candidates(quick=quick)
     costs = [(*operations(model), parameters(model)) for model in (net.build() for net in nets)]
-    peaks = peak_tasks(device, batch_size, quick)
+    peaks = peak_tasks(device, batch_size, tiny)
     tasks = {("peak", name): lambda call=call: call for name, (_, call) in peaks.items()}
     for net in nets:
         for name, way in ways.items():
@@ -158,7 +160,7 @@ def speed_benchmark(
             row["step_memory"] = value
         table.write()  # after every round: a run that is stopped leaves what it has
 
-    run_rounds(tasks, rounds, device, quick, after_round)
+    run_rounds(tasks, rounds, device, tiny, after_round, until)
     print_table(table.result)
 
 

@@ -1,5 +1,6 @@
 """What the benchmark measures, and how: training steps, network evaluations, peaks, memory, in rounds."""
 
+import math
 import multiprocessing
 import statistics
 import sys
@@ -162,11 +163,17 @@ def set_up(make: Callable[[], Callable[[], None]], device, quick: bool) -> tuple
     return call, min(200, max(1, round(0.2 / seconds)))
 
 
-def run_rounds(tasks: dict, rounds: int, device, quick: bool, after_round: Callable[[dict, dict], None]) -> None:
-    """``tasks``: key → a function that makes the call to time. A call that fails leaves the race."""
+def run_rounds(
+    tasks: dict, rounds: int, device, quick: bool, after_round: Callable[[dict, dict], None], until: float = math.inf
+) -> None:
+    """``tasks``: key → a function that makes the call to time. A call that fails leaves the race, and so does one that
+    is not ready when ``time.monotonic()`` is past ``until``."""
     ready, failed = {}, {}
     for i, (key, make) in enumerate(tasks.items()):
         note(f"warming up {i + 1}/{len(tasks)}: {' · '.join(key)}")
+        if time.monotonic() > until:
+            failed[key] = "no time was left"
+            continue
         try:
             ready[key] = set_up(make, device, quick)
         except Exception as error:  # a compiler that is missing, an operation without a kernel: reported in the table
