@@ -32,6 +32,7 @@ IDX_FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
+MERSENNE_WORDS = 624  # of 32 bits: the state of the CPU's generator
 # MNIST, KMNIST and others have files of the same names, sizes and labels: only the bytes say whose they are.
 FASHION_SHA256 = {  # of all pixels, then all labels
     "train": "16d82e2b505296aa2b78bd5ea0992634f30419a4c97def7c907d154a35ac6157",
@@ -287,10 +288,18 @@ def batch_indices(num_images: int, batch_size: int, seed: int, first_step: int =
 
 def seeded_generator(seed: int, *parts: int, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator for one part of the randomness of a run: ``seeded_generator(seed, step)``, say. Each ``seed`` in
-    0 … 2**128 − 1 with each tuple of parts in 0 … 2**32 − 1 has a stream of its own, by 64 bits of NumPy's
-    ``SeedSequence`` (of which a generator on the CPU keeps 32); ValueError for others."""
+    0 … 2**128 − 1 with each tuple of parts in 0 … 2**32 − 1 has a stream of its own, by NumPy's ``SeedSequence``;
+    ValueError for others. 64 bits of it seed a GPU's generator. The CPU's would keep 32 of them (two of 50,000 images
+    are then alike in one case of four), so all its state is filled, as NumPy fills that of its own Mersenne Twister."""
     for name, value, bits in [("seed", seed, 128), *(("part of a seed", part, 32) for part in parts)]:
         if not isinstance(value, int | np.integer) or not 0 <= value < 2**bits:
             raise ValueError(f"a {name} must be an integer in 0 … 2**{bits} − 1, got {value!r}")
-    mixed = np.random.SeedSequence(seed, spawn_key=parts).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(mixed))
+    sequence = np.random.SeedSequence(seed, spawn_key=parts)
+    generator = torch.Generator(device).manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
+    if generator.device.type == "cpu":
+        words = sequence.generate_state(MERSENNE_WORDS)
+        words[0] = 2**31  # of this word the twister reads one bit; and it must not be 0 in all of them
+        state = generator.get_state()  # bytes: 24 of the seed and the position, 8 for each word, the rest
+        state.numpy()[24 : 24 + 8 * MERSENNE_WORDS].view(np.uint64)[:] = words
+        generator.set_state(state)
+    return generator

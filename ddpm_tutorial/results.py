@@ -7,7 +7,7 @@ RESULTS_FOLDER = Path(__file__).parent / "results"
 
 
 def load_results(name: str) -> dict:
-    """The table ``results/<name>.json``: what a command in ``tools/`` or ``ddpm-tutorial evaluate`` wrote."""
+    """The table ``results/<name>.json``: what ``python -m experiments`` in the repository wrote."""
     path = RESULTS_FOLDER / f"{name}.json"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in RESULTS_FOLDER.glob("*.json")))

@@ -1,67 +1,97 @@
-"""The ablation's command: a run on the sample, going on where it stopped, and bad input."""
+"""experiments/ablation.py and choices.py: runs on the sample, seeds and their spread, going on where it stopped, and bad
+input."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
+import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-import ablation
+from ddpm_tutorial.optimizer import Muon
+from experiments import ablation, choices, common
 
 TINY = ["--data", "sample", "--num-train-steps", "2", "--batch-size", "8", "--channels", "8", "--num-images", "100"]
 
 
-def test_a_run_is_trained_judged_and_not_done_twice(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(ablation, "DDIM", ablation.DDIM | {"num_inference_steps": 2})
-    out = tmp_path / "a.json"
-    options = {"data": "sample", "num_train_steps": 2, "batch_size": 8, "channels": 8, "lr": 2e-3, "num_images": 100}
-    monkeypatch.setitem(ablation.SAMPLINGS, "DDIM, 50 steps", ablation.DDIM)
+@pytest.fixture
+def asked(monkeypatch):
+    """What would be trained; nothing is."""
+    jobs = []
+
+    def made(make, missing, processes, until):
+        for job in missing:
+            jobs.append(tuple(job.values()))
+            figures = {"DDIM, 50 steps": {"frechet_distance": 3.0 + job["seed"]}}
+            yield job, {"figures": figures, "frechet_distance": 3.0 + job["seed"]}
+
+    monkeypatch.setattr(common, "_made", made)
+    return jobs
+
+
+def test_a_run_is_trained_and_judged(monkeypatch):
+    for how in (ablation.DDIM, *ablation.FURTHER["linear, l2"].values()):
+        monkeypatch.setitem(how, "num_inference_steps", 2)
+    options = {"num_train_steps": 2, "batch_size": 8, "channels": 8, "lr": 2e-3, "num_images": 100, "threads": 1}
     reference = ablation.look(ablation.load_fashion_mnist("train", "sample").images)
-    done = ablation.train_and_judge("horizontal flips", options | {"threads": 1}, reference)
-    assert done["settings"]["flips"] and set(done["figures"]) == {"DDIM, 50 steps"}
-    assert done["figures"]["DDIM, 50 steps"]["frechet_distance"] > 5
+    figures = {run: ablation.train_and_judge({"run": run, "seed": 0}, options, "sample", reference)["figures"]
+               for run in ("horizontal flips", "linear, l2")}  # fmt: skip
+    assert set(figures["horizontal flips"]) == {"DDIM, 50 steps"}
+    assert figures["horizontal flips"]["DDIM, 50 steps"]["frechet_distance"] > 5
+    assert set(figures["linear, l2"]) == {"DDIM, 50 steps", *ablation.FURTHER["linear, l2"]}
 
-    asked = []
 
-    class InThisProcess:  # instead of a pool: what was asked for, and an answer at once
-        def __init__(self, *_):
-            pass
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-        def submit(self, function, name, *_):
-            asked.append(name)
-            future = ablation.Future()
-            future.set_result(done)
-            return future
-
-    monkeypatch.setattr(ablation, "ProcessPoolExecutor", InThisProcess)
-    assert ablation.main([*TINY, "--out", str(out), "--runs", "target v", "cosine, l1"]) == 0
-    assert ablation.main([*TINY, "--out", str(out), "--runs", "target v", "T = 100"]) == 0
-    assert asked == ["target v", "cosine, l1", "T = 100"]  # the second call left out what was there
+def test_no_run_is_done_twice_and_seeds_are_put_together(asked, tmp_path, capsys):
+    out = tmp_path / "a.json"
+    assert ablation.main([*TINY, "--out", str(out), "--runs", "target v", "cosine, l1", "--seeds", "2"]) == 0
+    assert asked == [("cosine, l1", 0), ("target v", 0), ("cosine, l1", 1), ("target v", 1)]
+    assert ablation.main([*TINY, "--out", str(out), "--runs", "target v", "--seeds", "3"]) == 0
+    assert asked[4:] == [("target v", 2)]  # the second call left out what was there
     result = json.loads(out.read_text())
-    assert list(result["runs"]) == ["cosine, l1", "target v", "T = 100"]  # in the order of the table
+    assert list(result["runs"]) == ["cosine, l1", "target v"]  # in the order of the table
+    run = result["runs"]["target v"]
+    assert run["seeds"] == 3 and run["settings"]["target"] == "v"
+    assert run["figures"]["DDIM, 50 steps"]["frechet_distance"] == {"mean": 4.0, "deviation": 1.0}
     assert 0 < result["real"]["frechet_distance"]["mean"] < 5
-    with pytest.raises(SystemExit) as stopped:
-        ablation.main([*TINY, "--lr", "1e-3", "--out", str(out)])
-    assert stopped.value.code == 2 and "holds runs of other settings" in capsys.readouterr().err
+    assert len(ablation.RUNS) == 17 and len(result["settings"]["classifier"]) == 16
+    assert ablation.main([*TINY, "--lr", "1e-3", "--out", str(out)]) == 2
+    assert "lr 0.006, not 0.001" in capsys.readouterr().err
     assert json.loads(out.read_text()) == result
+
+
+def test_choices_take_their_time_and_change_what_they_say(monkeypatch):
+    images, labels, _ = choices.load_fashion_mnist("train", "sample")
+    tiny = choices.BASE | {"channels": 8, "batch_size": 4}
+    began = choices.time.process_time()
+    model, steps = choices.train_for(1.0, tiny, 0, images[:50], labels[:50])
+    assert steps > 2 and 1 < choices.time.process_time() - began < 10
+    assert model.unet.head is not None and model.target == "v"
+    made, optimizers = [], choices.make_optimizers
+    monkeypatch.setattr(choices, "make_optimizers", lambda *a, **b: made.append(optimizers(*a, **b)) or made[-1])
+    bare, _ = choices.train_for(0.2, tiny | choices.RUNS["Adam, no head"], 0, images[:50], labels[:50])
+    assert bare.unet.head is None and not any(isinstance(part, Muon) for part in made[0])
+    assert bare(torch.zeros(2, 1, 28, 28), torch.tensor([1, 2])).shape == (2, 1, 28, 28)
+
+
+def test_choices_are_put_together(asked, tmp_path):
+    out = tmp_path / "a.json"
+    options = ["--data", "sample", "--seconds", "2", "--out", str(out), "--runs", "Muon", "Adam"]
+    assert choices.main([*options, "--seeds", "1"]) == 0 and choices.main(options) == 0
+    assert sorted(asked) == [(name, seed) for name in ("Adam", "Muon") for seed in range(3)]
+    found = json.loads(out.read_text())["runs"]
+    assert list(found) == ["Adam", "Muon"] and found["Adam"]["options"]["optimizer"] == "adam"
+    assert found["Muon"]["figures"]["frechet_distance"] == {"mean": 4.0, "deviation": 1.0}
 
 
 @pytest.mark.parametrize(
     "wrong,told",
     [
-        (["--runs", "cosinus"], "got 'cosinus'"), (["--num-train-steps", "0"], "--num-train-steps must be at least 1"),
+        (["--runs", "cosinus"], "got 'cosinus'"), (["--num-train-steps", "0"], "--num-train-steps: must be"),
         (["--out", "a.txt"], "must be a FILE.json"), (["--data", "no-such-folder"], "no-such-folder"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_status_2(wrong, told, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        ablation.main([*TINY, "--out", str(tmp_path / "a.json"), *wrong])
+    try:
+        status = ablation.main([*TINY, "--out", str(tmp_path / "a.json"), *wrong])
+    except SystemExit as stopped:
+        status = stopped.code
     error = capsys.readouterr().err
-    assert stopped.value.code == 2 and told in error and error.count("\n") == 1
+    assert status == 2 and told in error and error.count("\n") == 1

@@ -1,24 +1,12 @@
-"""tools/bench.py: the peers are what their sources say, the matching matches, and the table is complete."""
+"""experiments/benchmark: the peers are what their sources say, the matching matches, and the table is complete."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-TOOLS = Path(__file__).parents[1] / "tools"
-sys.path.insert(0, str(TOOLS))
-peers = pytest.importorskip("peers")
-recipe = pytest.importorskip("recipe")
-
-
-def bench(*arguments, timeout=900):
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(TOOLS / "bench.py"), *map(str, arguments)]
-    return subprocess.run(command, env=environment, text=True, capture_output=True, timeout=timeout)
+from experiments.benchmark import __main__ as benchmark
+from experiments.benchmark import peers, recipe
 
 
 @pytest.mark.parametrize(("peer", "size", "gflop"), [
@@ -68,14 +56,15 @@ def test_time_to_an_error_is_interpolated():
     assert recipe.reach(curve, 1.0) == 0
 
 
-def test_quick_writes_a_complete_table(tmp_path):
+def test_quick_writes_a_complete_table_once(tmp_path, monkeypatch, capsys):
     out = tmp_path / "table.json"
-    done = bench("--quick", "--out", out)
-    assert done.returncode == 0, done.stderr
-    assert " = ops" in done.stdout and "measured peaks" in done.stdout
+    options = ["--quick", "--rounds", "2", "--out", str(out)]
+    assert benchmark.main(options) == 0
+    assert " = ops" in capsys.readouterr().out
     table = json.loads(out.read_text())
     assert [path.name for path in tmp_path.iterdir()] == ["table.json"]
     assert table["machine"]["cpu"] and table["machine"]["versions"]["torch"] == torch.__version__
+    assert table["command"] == "python -m experiments.benchmark --rounds 2"
     assert len(table["candidates"]) == 4 and table["options"]["rounds"] == 2
     for row in table["candidates"]:
         for mode in ("train", "sample"):
@@ -86,13 +75,13 @@ def test_quick_writes_a_complete_table(tmp_path):
     assert first["train"]["ours_faster"]["best"]["median"] == 1
     assert first["step_memory"] > 1e6
     assert table["best_peak"] > 1e9
-    assert table["goals"]["training_ratio_to_it"]["median"] > 0
+    monkeypatch.setattr(benchmark, "run_rounds", lambda *_: pytest.fail("measured twice"))
+    assert benchmark.main(options) == 0
 
 
 def test_quick_recipe_times_both(tmp_path):
     out = tmp_path / "recipe.json"
-    done = bench("--recipe", "--quick", "--seconds", "1", "--out", out)
-    assert done.returncode == 0, done.stderr
+    assert benchmark.main(["--recipe", "--quick", "--seconds", "1", "--data", "sample", "--out", str(out)]) == 0
     result = json.loads(out.read_text())
     for name, curve in result["curves"].items():
         seconds = [s for s, _ in curve["seconds_and_error"]]
@@ -106,9 +95,7 @@ def test_quick_recipe_times_both(tmp_path):
     ["--out", "a.txt"], ["--recipe", "--rounds", "2"], ["--nonsense"],
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_status_2(arguments, capsys):
-    import bench as module
-
     with pytest.raises(SystemExit) as stopped:
-        module.main(arguments)
+        benchmark.main(arguments)
     assert stopped.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -320,6 +320,31 @@ def test_seeded_generators_differ_for_neighbours_and_for_zeros_at_the_end():
     assert max(seeded_generator(seed).initial_seed() for seed in range(9)) > 2**60  # more than 32 bits
 
 
+def test_streams_are_those_of_numpys_mersenne_twister():
+    """All 624 words of the state, to the last bit. NumPy's gives its last word before it makes new ones."""
+    key = (2**64 + 5, 3)
+    twister = np.random.MT19937(np.random.SeedSequence(key[0], spawn_key=key[1:]))
+    drawn = torch.empty(2000, dtype=torch.int64).random_(0, 2**20, generator=seeded_generator(*key))
+    assert drawn.tolist() == (twister.random_raw(2001)[1:] % 2**20).tolist()
+
+
+def test_seeds_that_share_their_low_32_bits_have_streams_of_their_own(monkeypatch):
+    """What torch's CPU generator keeps of a seed is its low half alone; here all keys have the same one."""
+    generate = np.random.SeedSequence.generate_state
+
+    class SameLowHalf(np.random.SeedSequence):
+        def generate_state(self, n_words, dtype=np.uint32):
+            words = generate(self, n_words, dtype)
+            return words >> np.uint64(32) << np.uint64(32) | np.uint64(7) if dtype is np.uint64 else words
+
+    monkeypatch.setattr(np.random, "SeedSequence", SameLowHalf)
+    one, two = seeded_generator(0, 1), seeded_generator(0, 2)
+    assert one.initial_seed() % 2**32 == two.initial_seed() % 2**32 and one.initial_seed() != two.initial_seed()
+    alone = [torch.randn(5, generator=torch.Generator().manual_seed(g.initial_seed())) for g in (one, two)]
+    assert torch.equal(*alone)  # torch's own rule
+    assert not torch.equal(torch.randn(5, generator=one), torch.randn(5, generator=two))
+
+
 @pytest.mark.parametrize("key", [(-1,), (0, -1), (1.5,), ("7",), (None,), (2**128,), (0, 2**32)])
 def test_seeds_that_are_no_integers_in_range_are_refused(key):
     """Larger ones would share a stream: NumPy reads 2**32 as the two parts 0 and 1."""

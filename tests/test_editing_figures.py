@@ -1,26 +1,22 @@
-"""tools/editing_figures.py: each row is what it says, a stopped run goes on, bad options are refused in one line."""
+"""experiments/editing.py: each row is what it says, a stopped run goes on, bad options are refused in one line."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-import editing_figures
-
 from ddpm_tutorial.results import RESULTS_FOLDER
+from experiments import editing
 
 
 @pytest.fixture
 def command(monkeypatch, tmp_path):
     """The command with one cheap row of each kind; its file, and how to run it."""
-    monkeypatch.setattr(editing_figures, "COMPLETIONS", [(True, 2, 1.0, 1)])
-    monkeypatch.setattr(editing_figures, "CHANGES", [(7, 9)])
-    monkeypatch.setattr(editing_figures, "STRENGTHS", [0.002])
+    monkeypatch.setattr(editing, "COMPLETIONS", [(True, 2, 1.0, 1)])
+    monkeypatch.setattr(editing, "CHANGES", [(7, 9)])
+    monkeypatch.setattr(editing, "STRENGTHS", [0.002])
     out = tmp_path / "a.json"
-    return out, lambda *options: editing_figures.main(["--data", "sample", "--out", str(out), *map(str, options)])
+    return out, lambda *options: editing.main(["--data", "sample", "--out", str(out), *map(str, options)])
 
 
 def test_rows_are_made_once_and_beside_real_images(command, monkeypatch):
@@ -32,13 +28,13 @@ def test_rows_are_made_once_and_beside_real_images(command, monkeypatch):
     assert completion["error"] > 0 == result["real"]["error"]
     # two steps of noise leave a sneaker as it was
     assert change["similarity"] > 0.99 and change["label_agreement"] == 0
-    monkeypatch.setattr(editing_figures.Measure, "change", lambda *_: pytest.fail("a row was made twice"))
+    monkeypatch.setattr(editing.Measure, "change", lambda *_: pytest.fail("a row was made twice"))
     assert run("--num-images", 8) == 0 and json.loads(out.read_text()) == result
 
 
 def test_the_known_half_stays_and_only_the_other_is_judged(command, monkeypatch):
     seen = []
-    monkeypatch.setattr(editing_figures.Measure, "figures_of", lambda self, x: seen.append((self, x)) or {"seam": 1.0})
+    monkeypatch.setattr(editing.Measure, "figures_of", lambda self, x: seen.append((self, x)) or {"seam": 1.0})
     command[1]("--num-images", 4)
     (measure, real), (_, made) = seen
     assert torch.equal(real, measure.x_0)
@@ -57,4 +53,4 @@ def test_bad_input_is_one_line(command, capsys):
 
 def test_the_file_of_the_book_is_complete():
     rows = json.loads((RESULTS_FOLDER / "editing.json").read_text())["rows"]
-    assert all(any(job.items() <= row.items() for row in rows) for job in editing_figures.jobs())
+    assert all(any(job.items() <= row.items() for row in rows) for job in editing.jobs())

@@ -1,4 +1,4 @@
-"""The tables that chapters show: they load, and hold what the commands write today."""
+"""The tables that chapters show: they load, say how they were made, and were made with the weights that are shipped."""
 
 import json
 
@@ -6,15 +6,38 @@ import pytest
 import torch
 
 from ddpm_tutorial.data import CLASS_NAMES
+from ddpm_tutorial.drawing import read_samples
+from ddpm_tutorial.guidance import NoisyClassifier
+from ddpm_tutorial.metrics import Classifier
 from ddpm_tutorial.results import RESULTS_FOLDER, load_results
-from ddpm_tutorial.trained import read_samples
+from experiments import __main__ as experiments
+from experiments.common import made_with
+
+NAMES = sorted(path.stem for path in RESULTS_FOLDER.glob("*.json"))
+TRAIN_THEIR_OWN = ("ablation", "choices", "benchmark")
 
 
 def test_every_table_loads():
-    names = [path.stem for path in RESULTS_FOLDER.glob("*.json")]
-    assert "evaluation-10000" in names
-    for name in names:
-        assert load_results(name) == json.loads((RESULTS_FOLDER / f"{name}.json").read_text())
+    assert {"evaluation-10000", "evaluation-bits", "samples"} <= set(NAMES)
+    for name in NAMES:
+        assert load_results(name) == json.loads((RESULTS_FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_table_was_made_with_the_weights_that_are_shipped(name):
+    settings = load_results(name)["settings"]
+    assert ("weights" in settings) != name.startswith(TRAIN_THEIR_OWN)
+    for network, shipped in made_with(None, Classifier, NoisyClassifier).items():
+        assert settings.get(network, shipped) == shipped, f"{name}.json was made with another {network}: make results"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_table_says_how_it_was_made(name):
+    result = load_results(name)
+    assert result["command"].startswith("python -m experiments.") and result["settings"]["device"] in ("cpu", "cuda")
+    assert {"cpu", "gpu", "threads", "versions", "date"} <= set(result["machine"])
+    assert {"ddpm_tutorial", "torch"} <= set(result["machine"]["versions"])
+    assert "seed" in result["settings"] or all("seed" in row for row in result["rows"])
 
 
 def test_an_unknown_name_lists_the_known_ones():
@@ -26,3 +49,32 @@ def test_the_samples_are_of_every_class():
     images, labels = read_samples(RESULTS_FOLDER / "samples.npz")
     assert images.shape == (2000, 1, 28, 28)
     assert torch.bincount(labels).tolist() == [200] * len(CLASS_NAMES)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What ``python -m experiments`` runs, each in no time; "samples" fails."""
+    calls = []
+
+    def main_of(name):
+        return lambda argv: calls.append((name, *argv)) or 2 * (name == "samples")
+
+    plan = {name: (main_of(name), minutes) for name, (_, minutes) in experiments.EXPERIMENTS.items()}
+    monkeypatch.setattr(experiments, "EXPERIMENTS", plan)
+    return calls
+
+
+def test_all_experiments_run_one_after_the_other_with_the_data(asked, capsys):
+    assert experiments.main(["--data", "sample"]) == 1  # one failed, and the others ran
+    assert [call[0] for call in asked] == list(experiments.EXPERIMENTS)
+    assert all(call[1:] == (("--data", "sample") if call[0] != "benchmark" else ()) for call in asked)
+    out, error = capsys.readouterr()
+    assert "[1/9] evaluation" in out and error == "failed: samples\n"
+
+
+def test_only_some_experiments_and_bad_names(asked, capsys):
+    assert experiments.main(["--only", "ladder", "editing"]) == 0
+    assert asked == [("editing",), ("ladder",)]
+    with pytest.raises(SystemExit) as stopped:
+        experiments.main(["--only", "ladders"])
+    assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == 1

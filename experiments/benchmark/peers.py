@@ -1,4 +1,4 @@
-"""The networks that ``bench.py`` compares with ours, and the width at which each costs as much as ours does.
+"""The networks that the benchmark compares with ours, and the width at which each costs as much as ours does.
 
 ``NotebookUNet`` is our own reading of the network in Hugging Face's "The Annotated Diffusion Model" (N. Rogge,
 K. Rasul, 2022), written from its description for this comparison.
@@ -15,7 +15,7 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddpm_tutorial.diffusion import SHIPPED_WEIGHTS
+from ddpm_tutorial.files import SHIPPED_WEIGHTS
 from ddpm_tutorial.unet import UNet, sinusoidal_embedding
 
 IMAGE = (1, 28, 28)
@@ -173,8 +173,13 @@ class Candidate:
         return PEERS[self.family][0](self.width)
 
 
+def shipped_config() -> dict:
+    """What the shipped U-Net is built with."""
+    return json.loads((SHIPPED_WEIGHTS / "config.json").read_text(encoding="utf-8"))["unet"]
+
+
 def shipped_unet() -> UNet:
-    return UNet(**json.loads((SHIPPED_WEIGHTS / "config.json").read_text(encoding="utf-8")))
+    return UNet(**shipped_config())
 
 
 def wide_unet() -> UNet:

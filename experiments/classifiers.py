@@ -1,4 +1,4 @@
-"""Train the two shipped classifiers: python tools/train_classifier.py --data SOURCE [--noisy] [--help].
+"""Train the two shipped classifiers: python -m experiments.classifiers --data SOURCE [--noisy] [--help].
 
 Without --noisy the one that judges samples (chapter 8), with it the one that guides a sampler (chapter 7): it knows
 noisy images at every timestep. Writes ddpm_tutorial/weights/classifier or noisy_classifier.
@@ -9,19 +9,21 @@ import sys
 import torch
 from tqdm.auto import tqdm
 
-from ddpm_tutorial.arguments import Parser
-from ddpm_tutorial.checkpoint import written_aside
+from ddpm_tutorial.command.arguments import Parser
 from ddpm_tutorial.data import ImageData, load_fashion_mnist, seeded_generator, to_model_range
 from ddpm_tutorial.diffusion import GaussianDiffusion
+from ddpm_tutorial.files import written_aside
 from ddpm_tutorial.guidance import NoisyClassifier
 from ddpm_tutorial.metrics import Classifier, label_agreement, look, train_classifier
+from ddpm_tutorial.predictor import NoisePredictor
+from ddpm_tutorial.settings import TEXT, whole
 
 CARD = """# {title}
 
 A small convolutional network, {parameters:,} parameters, trained on Fashion-MNIST's {images:,} training images for
 {epochs} epochs by
 
-    python tools/train_classifier.py --data SOURCE --epochs {epochs}{flag}
+    python -m experiments.classifiers --data SOURCE --epochs {epochs}{flag}
 
 Accuracy on the {tests:,} test images: {accuracy}. MIT licence, as the package.
 """
@@ -37,20 +39,20 @@ def noisy_accuracy(model: NoisyClassifier, diffusion: GaussianDiffusion, test: I
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="train_classifier.py", description="Train a classifier that the package ships.")
-    parser.add_argument("--data", required=True, metavar="SOURCE", help="'hub', 'sample', or a folder of IDX files")
-    parser.add_argument("--epochs", type=int, default=15, metavar="N", help="(default: 15)")
+    parser = Parser(prog="python -m experiments.classifiers", description="Train a classifier that the package ships.")
+    parser.add_argument(
+        "--data", type=TEXT, required=True, metavar="SOURCE", help="'hub', 'sample', or a folder of IDX files"
+    )
+    parser.add_argument("--epochs", type=whole(), default=15, metavar="N", help="(default: 15)")
     parser.add_argument("--noisy", action="store_true", help="the one that guides, of noisy images")
     args = parser.parse_args(argv)
-    if args.epochs < 1:
-        parser.error(f"--epochs must be at least 1, got {args.epochs}")
     try:
         train, test = (load_fashion_mnist(split, args.data) for split in ("train", "test"))
     except (ValueError, OSError) as error:
         parser.error(f"{error}")
     torch.manual_seed(0)
     if args.noisy:
-        model, diffusion = NoisyClassifier(), GaussianDiffusion.from_pretrained()
+        model, diffusion = NoisyClassifier(), NoisePredictor.from_pretrained().diffusion
         title = "The classifier of noisy images that guides a sampler (chapter 7)"
     else:
         model, diffusion = Classifier(), None
@@ -69,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         card = {"title": title, "images": len(train.images), "tests": len(test.images), "epochs": args.epochs}
         parameters = sum(p.numel() for p in model.parameters())
         flag = " --noisy" * args.noisy
-        aside.write_text(CARD.format(**card, parameters=parameters, flag=flag, accuracy=accuracy))
+        aside.write_text(CARD.format(**card, parameters=parameters, flag=flag, accuracy=accuracy), encoding="utf-8")
     print(f"accuracy on test images: {accuracy}\nwrote {model.shipped}")
     return 0
 

@@ -1,24 +1,25 @@
-"""How long our whole recipe and the Hugging Face notebook's take to the same held-out error: ``bench.py --recipe``."""
+"""How long our whole recipe and the Hugging Face notebook's take to the same held-out error: ``--recipe``."""
 
-import argparse
-import json
-import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import fields
 from pathlib import Path
 
 import torch
-from measure import Setting, machine, note, peer_steps, synchronise, write_json
-from peers import NotebookUNet
 from torch import Tensor, nn
 
+import ddpm_tutorial
 from ddpm_tutorial.data import load_fashion_mnist, seeded_generator, to_model_range
-from ddpm_tutorial.diffusion import SHIPPED_WEIGHTS, GaussianDiffusion, linear_beta_schedule
+from ddpm_tutorial.diffusion import GaussianDiffusion
 from ddpm_tutorial.metrics import Classifier, frechet_distance, look
+from ddpm_tutorial.predictor import NoisePredictor
 from ddpm_tutorial.sampling import sample_dpmpp_2m, sample_images
-from ddpm_tutorial.training import TrainConfig, train
+from ddpm_tutorial.settings import TrainConfig
+from ddpm_tutorial.training import train
 from ddpm_tutorial.unet import UNet
+
+from ..common import Table, fingerprint
+from .measure import Setting, note, peer_steps, synchronise
+from .peers import NotebookUNet, shipped_config
 
 
 class Racer:
@@ -84,19 +85,13 @@ def sample_distances(racers: list[Racer], diffusion, images: Tensor, test_images
 
 
 def our_recipe(budget: float, name: str, diffusion, images: Tensor, seconds_per_step: float) -> Racer:
-    """The package's recipe, as the shipped weights were trained, scaled to ``budget`` seconds, without classes."""
-    shipped = json.loads((SHIPPED_WEIGHTS / "training.json").read_text(encoding="utf-8"))["config"]
-    known = {field.name for field in fields(TrainConfig)}
+    """The package's recipe for the shipped network, in as many steps as ``budget`` seconds allow, without classes."""
     steps = max(2, round(budget / seconds_per_step))
-    options = {k: v for k, v in shipped.items() if k in known} | {
-        "num_train_steps": steps,
-        "warmup_steps": min(200, steps // 20),
-        "precision": "bf16" if images.is_cuda else "no",
-    }
+    precision = "bf16" if images.is_cuda else "no"
+    config = TrainConfig(steps, warmup_steps=min(200, steps // 20), precision=precision)
     torch.manual_seed(0)
-    network = json.loads((SHIPPED_WEIGHTS / "config.json").read_text(encoding="utf-8")) | {"num_classes": None}
-    model = UNet(**network).to(images.device)
-    states, latest = train(model, diffusion, images, None, TrainConfig(**options)), []
+    model = NoisePredictor(UNet(**shipped_config() | {"num_classes": None}), diffusion, "v").to(images.device)
+    states, latest = train(model, images, None, config), []
 
     def watched() -> Iterator:
         for state in states:
@@ -106,28 +101,37 @@ def our_recipe(budget: float, name: str, diffusion, images: Tensor, seconds_per_
     return Racer(name, watched(), lambda: latest[0].ema.module if latest else model, budget)
 
 
-def recipe_benchmark(args: argparse.Namespace, device: torch.device) -> None:
+def recipe_benchmark(
+    command: str, out: Path, device: torch.device, seconds: float = 300.0, data: str | None = None, quick: bool = False
+) -> None:
     """Ours in two budgets, the whole time and a fifth of it: a schedule that ends at its budget has its best error
     there, so the shorter run shows what a fifth of the time is worth."""
-    source = os.environ.get("DDPM_TUTORIAL_DATA") or "sample"
-    images = load_fashion_mnist("train", source).images.to(device)
-    test_images = load_fashion_mnist("test", source).images[: 100 if args.quick else 500]
-    diffusion = GaussianDiffusion(linear_beta_schedule(1000)).to(device)
-    error = held_out_error(test_images[: 20 if args.quick else None], diffusion, device)
+    images = load_fashion_mnist("train", data).images.to(device)
+    test_images = load_fashion_mnist("test", data).images[: 100 if quick else 500]
+    about = {
+        "seconds": seconds, "seed": 0, "num_train_images": len(images), "device": device.type,
+        "network": shipped_config(), "classifier": fingerprint(Classifier.shipped),
+        "ddpm_tutorial": ddpm_tutorial.__version__,
+    }  # fmt: skip
+    table = Table(out, command, about, [])
+    if "targets" in table:
+        return
+    diffusion = GaussianDiffusion.from_schedule().to(device)
+    error = held_out_error(test_images[: 20 if quick else None], diffusion, device)
     probe = our_recipe(1e6, "probe", diffusion, images, 1.0)
     probe.advance(1e-9, device)
-    warm, count = probe.seconds, 2 if args.quick else 10
+    warm, count = probe.seconds, 2 if quick else 10
     for _ in range(count):
         probe.advance(probe.seconds + 1e-9, device)
     pace = (probe.seconds - warm) / count
     torch.manual_seed(0)
-    net, batch = NotebookUNet(), 16 if args.quick else 128
+    net, batch = NotebookUNet(), 16 if quick else 128
     steps = peer_steps(net, diffusion, images, Setting(), batch, loss="huber", grad_clip=None)
     net.to(device)
-    theirs = Racer("notebook", steps, lambda: net, args.seconds)
-    ours = [our_recipe(args.seconds * share, name, diffusion, images, pace)
+    theirs = Racer("notebook", steps, lambda: net, seconds)
+    ours = [our_recipe(seconds * share, name, diffusion, images, pace)
             for share, name in ((1, "ours, the same time"), (0.2, "ours, a fifth of the time"))]  # fmt: skip
-    racers, checkpoints = [theirs, *ours], 4 if args.quick else 20
+    racers, checkpoints = [theirs, *ours], 4 if quick else 20
     for i in range(checkpoints + 1):
         note(f"checkpoint {i}/{checkpoints}")
         for racer in racers:
@@ -136,7 +140,6 @@ def recipe_benchmark(args: argparse.Namespace, device: torch.device) -> None:
     for racer in ours:  # the schedule's end, where the pace was overestimated
         racer.advance(1.5 * racer.budget, device)
         racer.curve.append((round(racer.seconds, 3), round(error(racer.network()), 6)))
-    note("")
     targets = {}
     for share in (0.25, 0.5, 1.0):
         level = min(e for s, e in theirs.curve[1:] if s <= max(share * theirs.seconds, theirs.curve[1][0]))
@@ -144,21 +147,14 @@ def recipe_benchmark(args: argparse.Namespace, device: torch.device) -> None:
         base = took["notebook"] or None  # 0: it never got better than at its start
         shares = {k: round(v / base, 4) if base and v is not None else None for k, v in took.items()}
         targets[f"{share:.0%}"] = {"error": level, "seconds": took, "share_of_notebook_time": shares}
-    samples = sample_distances(racers, diffusion, images, test_images, args.quick)
+    samples = sample_distances(racers, diffusion, images, test_images, quick)
     note("")
-    result = {
-        "machine": machine(device),
+    table.result |= {
         "samples": samples,
-        "options": {"seconds": args.seconds, "data": Path(source).name, "images": len(images), "quick": args.quick},
         "curves": {r.name: {"steps": r.count, "seconds_and_error": r.curve} for r in racers},
         "targets": targets,
     }
-    write_json(args.out, result)
-    print(f"\nheld-out noise error after seconds of training, {len(images)} training images, {args.seconds} s each")
+    table.write()
     for racer in racers:
-        print(f"  {racer.name:26s}{racer.count:6d} steps: " + " ".join(f"{s:.0f}s {e:.4f}" for s, e in racer.curve))
+        print(f"{racer.name}: {racer.count} steps, held-out error {racer.curve[-1][1]:.4f}")
     print(f"Fréchet distance of {samples['num_images']} samples: {samples['frechet_distance']}")
-    print("time to the notebook's error:")
-    for name, entry in targets.items():
-        told = ", ".join(f"{k} {'not reached' if v is None else f'{v:.1f} s'}" for k, v in entry["seconds"].items())
-        print(f"  at {name} of its time, {entry['error']:.4f}: {told}; share {entry['share_of_notebook_time']}")

@@ -1,30 +1,28 @@
-"""Measure chapter 9's editing on real test images: python tools/editing_figures.py [--help].
+"""Editing of real test images, for chapter 9: python -m experiments.editing [--help].
 
 Half-known images are completed with and without going back and forth; image-to-image changes a garment's class at
-several strengths. Rows are written one by one: a run that was stopped goes on with the same command.
+several strengths.
 """
 
 import sys
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 import torch
-from measure import machine, write_json
-from resumable import add_options, fingerprint, read_started, run_checked
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from ddpm_tutorial.arguments import Parser
 from ddpm_tutorial.data import ImageData, load_fashion_mnist, seeded_generator, to_model_range, to_uint8
-from ddpm_tutorial.diffusion import SHIPPED_WEIGHTS
 from ddpm_tutorial.editing import keep_known, resample
 from ddpm_tutorial.guidance import classifier_free
 from ddpm_tutorial.metrics import Classifier, label_agreement, look
+from ddpm_tutorial.predictor import NoisePredictor
 from ddpm_tutorial.sampling import sample_ddim
-from ddpm_tutorial.trained import load_trained
+from ddpm_tutorial.settings import whole
+from ddpm_tutorial.training import processes
 
+from .common import Table, made_with, run_command, table_parser
+
+DEFAULTS = {"num_images": 100, "seed": 0}
 # with the true label or without, steps, eta, loops
 COMPLETIONS = [
     (False, 25, 0.0, 1), (False, 25, 1.0, 1), (False, 25, 1.0, 2), (False, 25, 1.0, 5), (False, 125, 1.0, 1),
@@ -37,14 +35,13 @@ STRENGTHS = [0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0]
 class Measure:
     """The figures of ``num_images`` test images, chosen at random, and of what editing makes of them."""
 
-    def __init__(self, test: ImageData, num_images: int, seed: int):
-        trained = load_trained(None)
-        self.model, self.diffusion, self.seed = trained.model, trained.diffusion, seed
-        self.judge = Classifier.from_pretrained().to(trained.device)
-        self.all, self.all_labels = (column.to(trained.device) for column in (to_model_range(test.images), test.labels))
+    def __init__(self, model: NoisePredictor, test: ImageData, num_images: int, seed: int):
+        self.model, self.diffusion, self.seed = model, model.diffusion, seed
+        self.judge = Classifier.from_pretrained().to(model.device)
+        self.all, self.all_labels = to_model_range(test.images).to(model.device), test.labels.to(model.device)
         chosen = torch.randperm(len(test.images), generator=seeded_generator(seed))[:num_images]
         self.x_0, self.labels = self.all[chosen], self.all_labels[chosen]
-        self.mask = torch.zeros(1, 1, 28, 28, dtype=torch.bool, device=trained.device)
+        self.mask = torch.zeros(1, 1, 28, 28, dtype=torch.bool, device=model.device)
         self.mask[..., :14] = True  # the left half is known
 
     def agreement(self, x: Tensor, labels: Tensor) -> float:
@@ -63,9 +60,7 @@ class Measure:
             sample_ddim, model, self.diffusion, shape, num_inference_steps=steps, eta=eta, generator=generator
         )
         x_T = torch.randn(shape, generator=generator, device=self.x_0.device)
-        walk = resample(sampler, self.diffusion, x_T, num_loops=loops, generator=generator)
-        for step in tqdm(walk, total=steps * loops, desc=f"{steps} steps, eta {eta:g}, {loops} loops", mininterval=5):
-            last = step
+        *_, last = resample(sampler, self.diffusion, x_T, num_loops=loops, generator=generator)
         return self.figures_of(last.x_t.clamp(-1, 1))
 
     def change(self, old: int, new: int, strength: float) -> dict:
@@ -90,35 +85,34 @@ def jobs() -> list[dict]:
     return completions + changes
 
 
-def run(num_images: int, data: str | None, seed: int, out: Path) -> None:
+def run(
+    command: str, out: Path, num_images: int, seed: int, data: str | None = None, checkpoint: str | None = None
+) -> None:
     test = load_fashion_mnist("test", data)
     if not 4 <= num_images <= len(test.images):
         raise ValueError(f"--num-images must lie in 4 … {len(test.images)} for this data, got {num_images}")
-    measure = Measure(test, num_images, seed)
+    model = NoisePredictor.from_pretrained(checkpoint).to(processes().device)
     settings = {
-        "num_images": num_images,
-        "seed": seed,
-        "device": measure.x_0.device.type,
-        "num_test_images": len(test.images),
-        "weights": fingerprint(SHIPPED_WEIGHTS / "model.safetensors"),
-        "classifier": fingerprint(Classifier.shipped / "model.safetensors"),
-    }
-    result = read_started(out, settings, lambda row: row["kind"])
-    result["command"] = f"python tools/editing_figures.py --num-images {num_images} --data SOURCE --seed {seed}"
-    result["machine"], result["real"] = machine(measure.x_0.device), measure.figures_of(measure.x_0)
-    for job in jobs():
-        if not any(job.items() <= row.items() for row in result["rows"]):
-            arguments = {name: value for name, value in job.items() if name != "kind"}
-            result["rows"].append(job | getattr(measure, job["kind"])(**arguments))
-            write_json(out, result)
+        "num_images": num_images, "seed": seed, "device": model.device.type, "num_test_images": len(test.images),
+        **made_with(checkpoint, Classifier),
+    }  # fmt: skip
+    table = Table(out, command, settings, jobs())
+    if not table.missing:
+        return
+    measure = Measure(model, test, num_images, seed)
+    table["real"] = measure.figures_of(measure.x_0)
+
+    def row(job: dict) -> dict:
+        return getattr(measure, job["kind"])(**{name: value for name, value in job.items() if name != "kind"})
+
+    table.fill(row, cost=lambda job: job["steps"] * job["loops"] if job["kind"] == "completion" else 10)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="editing_figures.py", description="Chapter 9's editing, measured on real test images.")
-    parser.add_argument("--num-images", type=int, default=100, metavar="N",
+    parser = table_parser("editing", "Chapter 9's editing, measured on real test images.")
+    parser.add_argument("--num-images", type=whole(), metavar="N",
                         help="images to complete; up to a quarter of that to change (default: 100)")  # fmt: skip
-    add_options(parser, "editing")
-    return run_checked(parser, parser.parse_args(argv), run)
+    return run_command(parser, argv, run, DEFAULTS)
 
 
 if __name__ == "__main__":

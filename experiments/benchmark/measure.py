@@ -1,11 +1,7 @@
-"""What ``bench.py`` measures, and how: training steps, network evaluations, peaks, memory, in rounds."""
+"""What the benchmark measures, and how: training steps, network evaluations, peaks, memory, in rounds."""
 
-import datetime
-import importlib.metadata
-import json
+import math
 import multiprocessing
-import os
-import platform
 import statistics
 import sys
 import time
@@ -14,17 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peers import IMAGE, Candidate
 from torch import Tensor, nn
 
-from ddpm_tutorial.checkpoint import written_aside
 from ddpm_tutorial.data import seeded_generator, to_model_range
 from ddpm_tutorial.diffusion import GaussianDiffusion, linear_beta_schedule
-from ddpm_tutorial.losses import noise_loss
-from ddpm_tutorial.training import TrainConfig, train
+from ddpm_tutorial.losses import simple_loss
+from ddpm_tutorial.predictor import NoisePredictor
+from ddpm_tutorial.settings import TrainConfig
+from ddpm_tutorial.training import train
 from ddpm_tutorial.unet import UNet
 
-LIBRARIES = ("diffusers", "denoising-diffusion-pytorch", "accelerate", "einops")
+from .peers import IMAGE, Candidate
+
 ENDLESS = 10**9
 
 
@@ -70,7 +67,7 @@ def peer_steps(
         x_t = diffusion.q_sample(to_model_range(images[index]), t, noise).contiguous(memory_format=layout)
         with torch.autocast(device.type, torch.bfloat16, enabled=setting.bf16):
             pred_noise = run(x_t, t)
-        error = noise_loss(pred_noise.float(), noise, loss)
+        error = simple_loss(pred_noise.float(), noise, loss)
         optimizer.zero_grad(set_to_none=True)
         error.backward()
         if grad_clip is not None:
@@ -79,10 +76,10 @@ def peer_steps(
         yield
 
 
-def our_steps(model: UNet, diffusion, images, labels, setting: Setting, batch_size: int) -> Iterator:
+def our_steps(unet: UNet, diffusion, images, labels, setting: Setting, batch_size: int) -> Iterator:
     precision = "bf16" if setting.bf16 else "no"
-    config = TrainConfig(ENDLESS, batch_size, target=model.target, precision=precision, compile=setting.compile)
-    return train(model, diffusion, images, labels if model.num_classes else None, config)
+    config = TrainConfig(ENDLESS, batch_size, precision=precision, compile=setting.compile)
+    return train(NoisePredictor(unet, diffusion, "v"), images, labels if unet.num_classes else None, config)
 
 
 def training_task(candidate: Candidate, setting: Setting, batch_size: int, device: torch.device) -> Callable[[], None]:
@@ -166,11 +163,17 @@ def set_up(make: Callable[[], Callable[[], None]], device, quick: bool) -> tuple
     return call, min(200, max(1, round(0.2 / seconds)))
 
 
-def run_rounds(tasks: dict, rounds: int, device, quick: bool, after_round: Callable[[dict, dict], None]) -> None:
-    """``tasks``: key → a function that makes the call to time. A call that fails leaves the race."""
+def run_rounds(
+    tasks: dict, rounds: int, device, quick: bool, after_round: Callable[[dict, dict], None], until: float = math.inf
+) -> None:
+    """``tasks``: key → a function that makes the call to time. A call that fails leaves the race, and so does one that
+    is not ready when ``time.monotonic()`` is past ``until``."""
     ready, failed = {}, {}
     for i, (key, make) in enumerate(tasks.items()):
         note(f"warming up {i + 1}/{len(tasks)}: {' · '.join(key)}")
+        if time.monotonic() > until:
+            failed[key] = "no time was left"
+            continue
         try:
             ready[key] = set_up(make, device, quick)
         except Exception as error:  # a compiler that is missing, an operation without a kernel: reported in the table
@@ -265,28 +268,3 @@ def memory_of(nets: list[Candidate], setting: Setting, batch_size: int, device: 
             found.append(reason(error))
     note("")
     return found
-
-
-# ---------------------------------------------------------------------------------------------- the report's parts
-def machine(device: torch.device) -> dict:
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        rows = info.read_text(encoding="utf-8").splitlines()
-        cpu = next((row.split(":")[1].strip() for row in rows if row.startswith("model name")), cpu)
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None,
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "versions": {"torch": torch.__version__} | {name: importlib.metadata.version(name) for name in LIBRARIES},
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-    }
-
-
-def write_json(path: Path, result: dict) -> None:
-    with written_aside(path) as aside:
-        aside.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")

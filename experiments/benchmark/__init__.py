@@ -1,0 +1,1 @@
+"""Speed against other libraries' networks: ``python -m experiments.benchmark`` (chapter 5)."""

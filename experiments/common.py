@@ -1,0 +1,218 @@
+"""What the experiments share: their command line, and a file of results that is made row by row and says how."""
+
+import argparse
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+import ddpm_tutorial
+from ddpm_tutorial.command.arguments import Parser
+from ddpm_tutorial.files import written_aside
+from ddpm_tutorial.metrics import Classifier
+from ddpm_tutorial.predictor import NoisePredictor
+from ddpm_tutorial.results import RESULTS_FOLDER
+from ddpm_tutorial.settings import SEED, TEXT
+
+# Of the settings: the hashes of trained networks, and what a benchmark runs.
+MADE_WITH = ("weights", "classifier", "noisy_classifier", "network", "ddpm_tutorial")
+PROCESSES = min(4, os.cpu_count() or 1)
+
+
+# ------------------------------------------------------------------------------------------ the command line
+def results_file(text: str) -> Path:
+    path = Path(text)
+    if path.suffix != ".json" or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"must be a FILE.json in a folder that exists, got {text}")
+    return path
+
+
+def table_parser(name: str, about: str, table: str | None = None, trains: bool = False) -> Parser:
+    """The command's --data and --out and, if it does not train its own networks, --seed and --checkpoint. What is not
+    given stays out."""
+    parser = Parser(prog=f"python -m experiments.{name}", description=about, argument_default=argparse.SUPPRESS)
+    parser.add_argument("--data", type=TEXT, metavar="SOURCE", help="Fashion-MNIST: hub, sample or a folder")
+    if not trains:
+        parser.add_argument("--seed", type=SEED, metavar="N", help="(default: 0)")
+        parser.add_argument("--checkpoint", type=TEXT, metavar="FOLDER", help="(default: the shipped weights)")
+    out = RESULTS_FOLDER / f"{table or name}.json"
+    parser.add_argument("--out", type=results_file, default=out, metavar="FILE", help="(default: in the results)")
+    return parser
+
+
+def run_command(parser: Parser, argv: list[str] | None, run: Callable[..., None], defaults: dict) -> int:
+    """``run(command=…, **options)`` with what is given, else what the file in --out was begun with, else the
+    ``defaults``. Bad input and damaged files are one line and exit status 2, Ctrl-C is 130."""
+    given = vars(parser.parse_args(argv))
+    try:
+        begun = read_result(given["out"]).get("settings", {})
+        if begun.get("weights") not in (None, fingerprint(given.get("checkpoint", NoisePredictor.shipped))):
+            begun = {}  # the table is begun anew
+        options = defaults | {name: begun[name] for name in defaults if name in begun} | given
+        told = (f"--{name.replace('_', '-')} {options[name]}" for name in defaults)
+        run(command=" ".join([parser.prog, *told, "--data SOURCE"]), **options)
+    except KeyboardInterrupt:
+        print(f"stopped; the same command goes on with {given['out']}", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(f"wrote {given['out']}")
+    return 0
+
+
+# ---------------------------------------------------------------------------------------- a file of results
+def read_result(out: Path) -> dict:
+    """What a file holds, {} where there is none. ValueError where it is damaged."""
+    if not out.exists():
+        return {}
+    try:
+        result = json.loads(out.read_text(encoding="utf-8"))
+        _ = dict(result["settings"]), [dict(row) for row in result.setdefault("rows", [])]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{out} is damaged or of another command: {type(error).__name__}: {error}") from error
+    return result
+
+
+class Table:
+    """A file of results, made row by row: a row for each of the ``jobs``, which says what it is about. Rows that are
+    there are kept, a new one is written at once.
+
+    ``settings`` are all that the rows depend on. A file that was made with other networks is begun anew; ValueError
+    where it was made with other settings, or is damaged.
+    """
+
+    def __init__(self, out: Path, command: str, settings: dict, jobs: list[dict]):
+        self.out, self.jobs = out, jobs
+        self.result = before = read_result(out)
+        self.missing = list(jobs)
+        if before and any(before["settings"].get(name) != settings.get(name) for name in MADE_WITH):
+            print(f"{out} was made with other networks: begun anew", file=sys.stderr)
+            self.result = before = {}
+        if before:
+            self.missing = [job for job in jobs if not any(job.items() <= row.items() for row in before["rows"])]
+            names = [name for name in settings if name != "device" or self.missing]
+            changed = [f"{name} {before['settings'].get(name)}, not {settings[name]}" for name in names
+                       if before["settings"].get(name) != settings[name]]  # fmt: skip
+            if changed:
+                raise ValueError(f"{out} was made with {'; '.join(changed)}: delete it, or choose another --out")
+        if self.missing or not before:
+            device = torch.device(settings.get("device", "cpu"))
+            self.result = {"rows": [], **before, "settings": settings, "command": command, "machine": machine(device)}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.result
+
+    def __setitem__(self, name: str, value: object) -> None:
+        """A part of the file beside its rows."""
+        self.result[name] = value
+        self.write()
+
+    def add(self, row: dict) -> None:
+        rows = [*self.result["rows"], row]
+        place = {i: [job.items() <= row.items() for job in self.jobs].index(True) for i, row in enumerate(rows)}
+        self["rows"] = [rows[i] for i in sorted(place, key=place.get)]
+
+    def write(self) -> None:
+        with written_aside(self.out) as aside:
+            aside.write_text(json.dumps(self.result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def fill(
+        self,
+        make: Callable[[dict], dict],
+        cost: Callable[[dict], float] = lambda job: 1,
+        processes: int = 1,
+        until: float = float("inf"),
+    ) -> None:
+        """Add what ``make(job)`` finds for each missing job, and print it with an estimate of the time left. Several
+        processes make several rows at a time; ``make`` must then be a function of a module. No row begins when
+        ``time.monotonic()`` is past ``until``."""
+        total, done, began = sum(map(cost, self.missing)), 0.0, time.monotonic()
+        for job, figures in _made(make, self.missing, processes, until):
+            self.add(job | figures)
+            done += cost(job)
+            left = (total - done) * (time.monotonic() - began) / done
+            told = [f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+                    for name, value in (job | figures).items() if isinstance(value, str | int | float)]  # fmt: skip
+            row = f"{self.out.stem}, row {len(self.result['rows'])} of {len(self.jobs)}"
+            tqdm.write(f"{row} (about {duration(left)} left): {', '.join(told)}")
+            sys.stdout.flush()
+
+
+def _made(make: Callable, jobs: list[dict], processes: int, until: float) -> Iterator[tuple[dict, dict]]:
+    if processes == 1:
+        for job in jobs:
+            if time.monotonic() > until:
+                return
+            yield job, make(job)
+        return
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        running = {pool.submit(make, job): job for job in jobs}
+        try:
+            for done in as_completed(running):
+                yield running[done], done.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
+
+
+# ------------------------------------------------------------------------------------- how a table was made
+def fingerprint(folder: str | Path) -> str:
+    """16 hexadecimal digits of the sha256 of a network's weights."""
+    return hashlib.sha256((Path(folder) / "model.safetensors").read_bytes()).hexdigest()[:16]
+
+
+def made_with(checkpoint: str | None, *others: type) -> dict[str, str]:
+    """The hashes of a checkpoint (None: the shipped one) and of shipped classifiers, for a table's settings."""
+    names = {Classifier: "classifier"}
+    found = {names.get(other, "noisy_classifier"): fingerprint(other.shipped) for other in others}
+    return {"weights": fingerprint(checkpoint or NoisePredictor.shipped)} | found
+
+
+def machine(device: torch.device) -> dict:
+    cpu, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if info.exists():
+        rows = info.read_text(encoding="utf-8").splitlines()
+        cpu = next((row.split(":")[1].strip() for row in rows if row.startswith("model name")), cpu)
+    libraries = {name: importlib.metadata.version(name) for name in ("torchmetrics", "accelerate", "einops")}
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": {"ddpm_tutorial": ddpm_tutorial.__version__, "torch": torch.__version__} | libraries,
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+    }
+
+
+# --------------------------------------------------------------------------------------------- what needs no judge
+def pixel_figures(images: Tensor, real: Tensor) -> dict[str, float]:
+    """Of uint8 images (N, C, H, W): the share of black pixels (grey level 0), that of real images, and the power at
+    the pixel frequency (signs that change from pixel to pixel, a dot grid) over that of real images."""
+
+    def power(images: Tensor) -> float:
+        x = images[:10_000].double()
+        spectrum = torch.fft.fft2(x - x.mean((2, 3), keepdim=True)).abs().square().mean((0, 1))  # (H, W)
+        return (spectrum[spectrum.shape[0] // 2].mean() + spectrum[:, spectrum.shape[1] // 2].mean()).item()
+
+    black, real_black = ((part == 0).double().mean().item() for part in (images, real))
+    return {"black": black, "real_black": real_black, "pixel_frequency": power(images) / power(real)}

@@ -1,0 +1,105 @@
+"""Ten minutes of a GPU: python -m experiments.gpu --minutes 9 --out FOLDER [--data SOURCE].
+
+Trains the shipped recipe as long as half of the time allows, in bf16 and compiled, into FOLDER/weights; draws the
+ladder and the guidance sweep of these weights, and measures the speed of our network and of the peers that cost as
+much, eager and fastest, into FOLDER/results. A row or a network for which no time is left is left out.
+
+To ship them, copy both folders over ``ddpm_tutorial/weights`` and ``ddpm_tutorial/results``: ``make results`` keeps
+what is complete and made with the shipped weights, and makes the rest again.
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from ddpm_tutorial.command import train as command
+from ddpm_tutorial.command.arguments import Parser
+from ddpm_tutorial.data import load_fashion_mnist
+from ddpm_tutorial.diffusion import GaussianDiffusion
+from ddpm_tutorial.predictor import NoisePredictor
+from ddpm_tutorial.settings import TEXT, RunSettings, TrainConfig, number, one_of, whole
+from ddpm_tutorial.training import train
+from ddpm_tutorial.unet import UNet
+
+from . import guidance_sweep, ladder
+from .benchmark.__main__ import speed_benchmark
+from .benchmark.measure import ENDLESS, synchronise
+from .benchmark.peers import shipped_config
+
+UNTIL = {"training": 0.5, "ladder": 0.7, "guidance_sweep": 0.8, "benchmark": 1.0}  # shares of the time
+
+
+def steps_in(seconds: float, model: NoisePredictor, data: str | None, options: dict) -> int:
+    """How many steps of training these seconds allow, a start like this one's included."""
+    began, images = time.perf_counter(), load_fashion_mnist("train", data)
+    states = train(model, images.images, images.labels, TrainConfig(ENDLESS, **options))
+    next(states)  # compiles
+    device, ready, count = model.device, time.perf_counter(), 0
+    while count < 200 and time.perf_counter() - ready < seconds / 20:
+        next(states)
+        count += 1
+    synchronise(device)
+    now = time.perf_counter()
+    pace = (now - ready) / max(1, count)
+    return max(2, int((seconds - (now - began) - (ready - began)) / pace))
+
+
+def run(
+    minutes: float, out: Path, device: torch.device, data: str | None, num_images: int, channels: int, batch_size: int
+) -> None:
+    began, cuda = time.monotonic(), device.type == "cuda"
+    until = {name: began + 60 * minutes * share for name, share in UNTIL.items()}
+    weights, results = out / "weights", out / "results"
+    results.mkdir(parents=True, exist_ok=True)
+    if not weights.exists():
+        options = {"batch_size": batch_size, "precision": "bf16" if cuda else "no", "compile": cuda}
+        unet = UNet(channels=channels, patch_size=RunSettings().patch_size, num_classes=10)
+        probe = NoisePredictor(unet, GaussianDiffusion.from_schedule(), RunSettings().target)
+        steps = steps_in(until["training"] - time.monotonic(), probe, data, options)
+        every = {"checkpoint_every": ENDLESS, "sample_every": ENDLESS}
+        given = {} if data is None else {"data": data}
+        command.run(weights, **given, channels=channels, num_train_steps=steps, **options, **every)
+    told = f"python -m experiments.gpu --minutes {minutes:g} --num-images {num_images} --out FOLDER --data SOURCE"
+    shared = {"command": told, "num_images": num_images, "seed": 0, "data": data, "checkpoint": str(weights)}
+    ladder.run(out=results / "ladder.json", **shared, until=until["ladder"])
+    steps = guidance_sweep.DEFAULTS["num_inference_steps"]
+    guidance_sweep.run(
+        out=results / "guidance_sweep.json", **shared, num_inference_steps=steps, until=until["guidance_sweep"]
+    )
+    out = results / f"benchmark-{device.type}.json"
+    speed_benchmark(told, out, device, rounds=3, quick=True, until=until["benchmark"])
+
+
+def main(argv: list[str] | None = None) -> int:
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    parser = Parser(prog="python -m experiments.gpu", description="Train and measure on a GPU in a few minutes.",
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+    parser.add_argument("--minutes", type=number("above 0", lambda m: m > 0), default=9, metavar="M", help="in all")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for weights and results")
+    parser.add_argument("--data", type=TEXT, metavar="SOURCE", help="Fashion-MNIST: hub, sample or a folder")
+    parser.add_argument("--device", type=one_of("cuda", "cpu"), default=found, metavar="X", help="cuda or cpu")
+    parser.add_argument("--num-images", type=whole(), default=2000, metavar="N", help="images a row")
+    parser.add_argument("--channels", type=whole(), default=shipped_config()["channels"], metavar="N", help="width")
+    parser.add_argument("--batch-size", type=whole(), default=TrainConfig().batch_size, metavar="N", help="images")
+    args = vars(parser.parse_args(argv))
+    if args["device"] == "cuda" and found == "cpu":
+        parser.error("--device: no CUDA GPU is found here")
+    if args["device"] == "cpu":
+        os.environ["ACCELERATE_USE_CPU"] = "1"
+    try:
+        run(**args | {"device": torch.device(args["device"])})
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(f"wrote {args['out']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
