@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from ddpm_tutorial.data import load_images
-from ddpm_tutorial.pictures import asking_hub
+from ddpm_tutorial.files import asking_hub
 
 GREY = np.array([[0, 255, 256, 257], [1000, 32768, 65534, 65535]], np.uint16)  # 16 bits, and what they are of 8:
 EIGHT = np.array([[0, 0, 1, 1], [3, 128, 255, 255]], np.uint8)
