@@ -102,7 +102,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 # ------------------------------------------------------------------------------------------------ networks
 class Pretrained:
-    """A base of networks. ``config`` is what the constructor takes, ``shipped`` the folder of its weights."""
+    """A base of networks. ``config`` is what the constructor takes, ``shipped`` the folder of the shipped weights."""
 
     shipped: ClassVar[Path]
     config: dict[str, Any]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .diffusion import TARGETS, GaussianDiffusion
+from .diffusion import TARGETS, GaussianDiffusion, check_counts
 from .files import SHIPPED_WEIGHTS, Pretrained, filled
 from .unet import UNet
 
@@ -39,8 +39,11 @@ class NoisePredictor(nn.Module, Pretrained):
             raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
         if len(image_shape) != 3 or image_shape[0] != unet.in_channels:
             raise ValueError(f"image_shape must be ({unet.in_channels}, H, W), as the U-Net's, got {image_shape}")
+        check_counts(**{f"image_shape[{i}]": size for i, size in enumerate(image_shape)})
         if len(class_names) != num_classes:
             raise ValueError(f"the U-Net has {num_classes} classes, and class_names are {len(class_names)}")
+        if not all(isinstance(name, str) for name in class_names) or len(set(class_names)) < num_classes:
+            raise ValueError(f"class_names must be texts, no two alike, got {', '.join(map(repr, class_names))}")
         self.unet, self.diffusion, self.target = unet, diffusion, target
         self.image_shape, self.class_names, self.num_classes = image_shape, class_names, unet.num_classes
 
@@ -75,10 +78,13 @@ class NoisePredictor(nn.Module, Pretrained):
 
     @classmethod
     def of_contents(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> "NoisePredictor":
-        if "unet" not in config:
+        if "channel_mults" in config:
             raise ValueError("it is of an earlier version, whose U-Net was another one: train it again")
         tensors, config = dict(tensors), dict(config)
+        betas = tensors.pop("betas")
+        if betas.dtype != torch.float64:  # rounded, they are another schedule
+            raise ValueError(f"betas must be float64, got {betas.dtype}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a schedule that never reaches noise: that was told when it was trained
-            diffusion = GaussianDiffusion(tensors.pop("betas"))
+            diffusion = GaussianDiffusion(betas)
         return cls(filled(UNet(**config.pop("unet")), tensors), diffusion, **config)

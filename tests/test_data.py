@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from ddpm_tutorial import data
+from ddpm_tutorial.command.evaluate import measure_samples
 from ddpm_tutorial.data import (
     CLASS_NAMES,
     IDX_FILES,
@@ -25,8 +26,9 @@ from ddpm_tutorial.data import (
     to_model_range,
     to_uint8,
 )
-from ddpm_tutorial.evaluation import measure_samples
-from ddpm_tutorial.trained import load_trained
+from ddpm_tutorial.diffusion import GaussianDiffusion
+from ddpm_tutorial.predictor import NoisePredictor
+from ddpm_tutorial.unet import UNet
 
 FULL = Path(os.environ.get("FASHION_MNIST_FOLDER", "/usr/share/datasets/fashion-mnist"))  # Debian's package
 needs_full = pytest.mark.skipif(not FULL.is_dir(), reason="the full Fashion-MNIST is not installed")
@@ -144,9 +146,11 @@ def test_digits_are_not_called_clothes(idx_folder):
 
 
 def test_digits_are_not_judged_as_clothes(idx_folder):
-    clothes = load_trained(None)
+    unet, diffusion = UNet(channels=8, num_classes=10), GaussianDiffusion.from_schedule()
+    digits = NoisePredictor(unet, diffusion, class_names=load_images(idx_folder).class_names)
     with pytest.raises(ValueError, match="knows Fashion-MNIST only"):
-        measure_samples(clothes._replace(class_names=load_images(idx_folder).class_names), str(idx_folder), seed=0)
+        measure_samples(digits, str(idx_folder), seed=0)
+    clothes = NoisePredictor(unet, diffusion, class_names=CLASS_NAMES)
     with pytest.raises(ValueError, match="not those of Fashion-MNIST's train split"):
         measure_samples(clothes, str(idx_folder), seed=0)
 
@@ -172,8 +176,7 @@ def test_idx_files_of_another_size_and_other_classes(tmp_path):
 
 LAYOUTS = {
     "Kaggle's names": "train-images.idx3-ubyte train-labels.idx1-ubyte",
-    "Kaggle's folders":
-        "train-images-idx3-ubyte/train-images-idx3-ubyte train-labels-idx1-ubyte/train-labels-idx1-ubyte",
+    "Kaggle's folders": " ".join(f"{name}/{name}" for name in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")),
     "torchvision's root": "FashionMNIST/raw/train-images-idx3-ubyte FashionMNIST/raw/train-labels-idx1-ubyte",
     "torchvision's folder": "raw/train-images-idx3-ubyte raw/train-labels-idx1-ubyte",
     "EMNIST's names": "emnist-letters-train-images-idx3-ubyte emnist-letters-train-labels-idx1-ubyte",

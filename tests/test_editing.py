@@ -11,8 +11,8 @@ from ddpm_tutorial.data import load_fashion_mnist, to_model_range, to_uint8
 from ddpm_tutorial.diffusion import GaussianDiffusion
 from ddpm_tutorial.editing import add_noise, keep_known, resample
 from ddpm_tutorial.guidance import classifier_free
+from ddpm_tutorial.predictor import NoisePredictor
 from ddpm_tutorial.sampling import SAMPLERS, sample_ddim, sample_dpmpp_2m, sample_heun
-from ddpm_tutorial.unet import UNet
 
 RHO, A = 0.9, 1.0
 COVARIANCE = torch.tensor([[1.0, RHO], [RHO, 1.0]], dtype=torch.float64)
@@ -60,7 +60,8 @@ def mask():
     ("dpmpp-2m", {"num_inference_steps": 4}),
 ])  # fmt: skip
 def test_known_pixels_come_out_exactly_and_the_others_do_not(name, options, loops, real, mask):
-    model, diffusion = UNet.from_pretrained(), GaussianDiffusion.from_pretrained()
+    model = NoisePredictor.from_pretrained()
+    diffusion = model.diffusion
     known, g = to_model_range(real), seeded()
     guided = classifier_free(model, torch.tensor([7, 8, 9]), 2.0)
     for noise_model in (model, guided):
@@ -115,7 +116,7 @@ def test_mask_must_be_boolean(diffusion):
 # ------------------------------------------------------------- what comes out: two Gaussian pixels, exactly
 def exact_law(diffusion, num_inference_steps, eta, loops):
     """Mean (2,) and covariance (2, 2) of the completed pair: each step is affine, so they follow a recursion."""
-    alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), (1 - diffusion._betas_float64).cumprod(0)])
+    alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), (1 - diffusion.exact_betas).cumprod(0)])
     unit = torch.eye(2, dtype=torch.float64)
     mean, cov = torch.zeros(2, dtype=torch.float64), unit
     timesteps = [round(1000 * (1 - i / num_inference_steps)) for i in range(num_inference_steps)] + [0]
@@ -236,7 +237,7 @@ def test_add_noise_is_the_forward_steps_together(diffusion):
     """From s to t in one jump: mean and variance of t − s steps of DDPM eq. 2, one after the other."""
     for s, t in ((0, 1), (0, 400), (400, 425), (999, 1000), (30, 30)):
         mean, variance = 1.0, 0.0
-        for beta in diffusion._betas_float64[s:t].tolist():
+        for beta in diffusion.exact_betas[s:t].tolist():
             mean, variance = math.sqrt(1 - beta) * mean, (1 - beta) * variance + beta
         ones, zeros = torch.ones(1, 1), torch.zeros(1, 1)
         assert add_noise(diffusion, ones, s, t, zeros).item() == pytest.approx(mean, abs=1e-5)

@@ -20,8 +20,8 @@ from ddpm_tutorial.elbo import (
     timestep_strata,
     vlb_term,
 )
+from ddpm_tutorial.predictor import NoisePredictor
 from ddpm_tutorial.toy import GaussianMixture, gaussian_elbo
-from ddpm_tutorial.unet import UNet
 
 LEVELS = to_model_range(torch.arange(256, dtype=torch.uint8))
 
@@ -309,35 +309,37 @@ def second_implementation(unet, betas, x_0, noise, t, variance):
 
 @pytest.mark.parametrize("variance", ["beta", "posterior"])
 def test_terms_of_the_shipped_model_recomputed_from_the_paper(variance):
-    unet, diffusion = UNet.from_pretrained(), GaussianDiffusion.from_pretrained()
+    model = NoisePredictor.from_pretrained()
+    diffusion = model.diffusion
     x_0 = to_model_range(load_fashion_mnist("test", "sample").images[[3, 441, 808]])
-    betas = diffusion._betas_float64.numpy()
+    betas = diffusion.exact_betas.numpy()
     for t in (2, 3, 7, 30, 110, 400, 800, diffusion.num_timesteps):
         noise = torch.randn(x_0.shape, generator=seeded(t))
-        found = vlb_term(unet, diffusion, x_0, diffusion.q_sample(x_0, t, noise), t, variance)
+        found = vlb_term(model, diffusion, x_0, diffusion.q_sample(x_0, t, noise), t, variance)
         images = zip(x_0.double().numpy(), noise.double().numpy(), strict=True)
-        expected = [second_implementation(unet, betas, x, e, t - 1, variance) for x, e in images]
+        expected = [second_implementation(model, betas, x, e, t - 1, variance) for x, e in images]
         torch.testing.assert_close(found.double(), torch.tensor(expected).double(), rtol=5e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("variance", ["beta", "posterior"])
 def test_decoder_of_the_shipped_model_recomputed_from_the_paper(variance):
     """L_0 of each pixel, but those so far off that the paper's difference of two CDFs has no digits left."""
-    unet, diffusion = UNet.from_pretrained(), GaussianDiffusion.from_pretrained()
+    model = NoisePredictor.from_pretrained()
+    diffusion = model.diffusion
     x_0 = to_model_range(load_fashion_mnist("test", "sample").images[[3]])
     noise = torch.randn(x_0.shape, generator=seeded())
     x_1 = diffusion.q_sample(x_0, 1, noise)
-    betas = diffusion._betas_float64.numpy()
-    expected = second_implementation(unet, betas, x_0[0].double().numpy(), noise[0].double().numpy(), 0, variance)
+    betas = diffusion.exact_betas.numpy()
+    expected = second_implementation(model, betas, x_0[0].double().numpy(), noise[0].double().numpy(), 0, variance)
     ones = torch.ones(1, dtype=torch.long)
     with torch.no_grad():
-        mean = diffusion.predict_x0(x_1, 1, unet(x_1, ones)).clamp(-1, 1)
+        mean = diffusion.predict_x0(x_1, 1, model(x_1, ones)).clamp(-1, 1)
     log_scale = 0.5 * reverse_variances(diffusion, variance)[1].log()
     found = -discretized_gaussian_log_likelihood(x_0, mean, log_scale)[0] / math.log(2)
     kept = ~np.isnan(expected)
     assert kept.mean() > 0.98
     torch.testing.assert_close(found.double().numpy()[kept], expected[kept], rtol=1e-3, atol=1e-3)
-    total = vlb_term(unet, diffusion, x_0, x_1, 1, variance)
+    total = vlb_term(model, diffusion, x_0, x_1, 1, variance)
     torch.testing.assert_close(total, found.mean()[None], rtol=1e-4, atol=1e-5)
 
 

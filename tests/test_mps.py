@@ -16,6 +16,7 @@ from ddpm_tutorial.editing import keep_known, resample
 from ddpm_tutorial.elbo import bits_per_dim, mean_and_error, vlb_term
 from ddpm_tutorial.guidance import NoisyClassifier, classifier_free, classifier_guidance, guided_between, rescaled
 from ddpm_tutorial.metrics import Classifier, Seen, look, sample_figures
+from ddpm_tutorial.predictor import NoisePredictor
 from ddpm_tutorial.sampling import SAMPLERS, sample_ddim
 from ddpm_tutorial.unet import UNet
 
@@ -33,14 +34,14 @@ def on_mps():
 
 
 @pytest.fixture
-def pair():
-    """A small network that gives v, every weight random, and its diffusion; on the CPU."""
+def model():
+    """A small network that gives v, every weight random; on the CPU."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        unet = UNet(channels=8, num_classes=3, target="v").eval().requires_grad_(False)
+        unet = UNet(channels=8, patch_size=2, num_classes=3).eval().requires_grad_(False)
         for parameter in unet.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
-    return unet, GaussianDiffusion.from_schedule()
+    return NoisePredictor(unet, GaussianDiffusion.from_schedule(), "v", (1, 8, 8))
 
 
 def test_the_device_has_its_rules(on_mps):
@@ -60,14 +61,13 @@ def test_the_device_has_its_rules(on_mps):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_samplers(name, pair, on_mps):
-    unet, diffusion = pair
+def test_samplers(name, model, on_mps):
     labels, x_T = torch.tensor([0, 2]), torch.randn(SHAPE, generator=seeded(1))
     options = {"start": 3} if name == "ddpm" else {"num_inference_steps": 3}
 
     def sample(device):
-        model = classifier_free(unet.to(device), labels.to(device), 2.0)
-        *_, last = SAMPLERS[name](model, diffusion.to(device), SHAPE, x_T=x_T, generator=seeded(), **options)
+        guided = classifier_free(model.to(device), labels.to(device), 2.0)
+        *_, last = SAMPLERS[name](guided, model.diffusion, SHAPE, x_T=x_T, generator=seeded(), **options)
         return last.x_t
 
     expected, found = sample("cpu"), sample(DEVICE)
@@ -75,26 +75,25 @@ def test_samplers(name, pair, on_mps):
     assert_close(found.cpu(), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_every_wrapper(pair, on_mps):
-    unet, diffusion = (part.to(DEVICE) for part in pair)
+def test_every_wrapper(model, on_mps):
+    diffusion = model.to(DEVICE).diffusion
     labels = torch.tensor([0, 2]).to(DEVICE)
     classifier = NoisyClassifier(num_classes=3, channels=8, image_size=8).to(DEVICE).requires_grad_(False)
-    plain, strong = classifier_free(unet, labels), classifier_free(unet, labels, 3.0)
+    plain, strong = classifier_free(model, labels), classifier_free(model, labels, 3.0)
     asked = classifier_guidance(plain, classifier, diffusion, labels, 2.0)
     between = guided_between(300, 900, rescaled(strong, plain, diffusion), asked)
-    model = keep_known(between, diffusion, torch.zeros(SHAPE), torch.ones(8, 8).bool())
-    sampler = partial(sample_ddim, model, diffusion, SHAPE, num_inference_steps=2)
+    masked = keep_known(between, diffusion, torch.zeros(SHAPE), torch.ones(8, 8).bool())
+    sampler = partial(sample_ddim, masked, diffusion, SHAPE, num_inference_steps=2)
     x_T = torch.randn(SHAPE, generator=seeded(), device=DEVICE)
     *_, last = resample(sampler, diffusion, x_T, num_loops=2, generator=seeded(3))
     assert_close(last.x_t.cpu(), torch.zeros(SHAPE), atol=1e-4, rtol=0)
 
 
-def test_the_bound(pair, on_mps):
-    unet, diffusion = pair
+def test_the_bound(model, on_mps):
     x_0 = to_model_range(torch.randint(256, SHAPE, generator=seeded(2), dtype=torch.uint8))
 
     def bound(device):
-        place = unet.to(device), diffusion.to(device), x_0.to(device)
+        place = model.to(device), model.diffusion, x_0.to(device)
         term = vlb_term(*place, torch.full(SHAPE, 0.5, device=device), torch.tensor([1, 1000]).to(device), "posterior")
         return mean_and_error(bits_per_dim(*place, seeded(), num_steps=3).total), mean_and_error(term)
 
@@ -115,12 +114,13 @@ def test_the_judge_and_figures_of_features_on_the_device(on_mps):
     assert found == pytest.approx(expected, abs=1e-4)
 
 
-def test_training(pair, on_mps, monkeypatch):
+@pytest.mark.parametrize("optimizer", ["muon", "adam"])
+def test_training(model, on_mps, monkeypatch, optimizer):
     images, labels = torch.randint(256, (8, 1, 8, 8), generator=seeded(), dtype=torch.uint8), torch.arange(8) % 3
-    config = training.TrainConfig(num_train_steps=2, batch_size=4, warmup_steps=0, target="v")
+    config = training.TrainConfig(num_train_steps=2, batch_size=4, warmup_steps=0, optimizer=optimizer)
     place = SimpleNamespace(device=DEVICE, num_processes=1, process_index=0)
     monkeypatch.setattr(training, "processes", lambda: place)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # which asks for real devices
     monkeypatch.setattr(training, "seeded_generator", lambda *seeds, device="cpu": seeded_generator(*seeds))
-    *_, last = training.train(pair[0].requires_grad_(True), pair[1], images, labels, config)
+    *_, last = training.train(model.requires_grad_(True), images, labels, config)
     assert isinstance(last.loss, OnDevice) and last.loss.isfinite()

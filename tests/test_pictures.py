@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 
 from ddpm_tutorial.data import load_images
-from ddpm_tutorial.pictures import asking_hub
 
 GREY = np.array([[0, 255, 256, 257], [1000, 32768, 65534, 65535]], np.uint16)  # 16 bits, and what they are of 8:
 EIGHT = np.array([[0, 0, 1, 1], [3, 128, 255, 255]], np.uint8)
@@ -424,17 +423,6 @@ def test_mistyped_path_is_not_asked_of_the_hub(monkeypatch, tmp_path, source):
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked the hub"))
     with pytest.raises(FileNotFoundError, match="no such folder: .*owner/name"):
         load_images(source)
-
-
-def test_hub_is_asked_twice_at_most_and_quietly(caplog):
-    from huggingface_hub.utils import http_backoff, logging
-
-    before, level = http_backoff.__kwdefaults__["max_retries"], logging.get_verbosity()
-    with pytest.raises(RuntimeError), asking_hub():
-        assert http_backoff.__kwdefaults__["max_retries"] == 1
-        assert not logging.get_logger("huggingface_hub.utils._http").isEnabledFor(logging.WARNING)
-        raise RuntimeError
-    assert (http_backoff.__kwdefaults__["max_retries"], logging.get_verbosity()) == (before, level)
 
 
 def test_unreachable_data_set_of_the_hub(monkeypatch, tmp_path):

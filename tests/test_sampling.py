@@ -9,6 +9,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 from torch.testing import assert_close
 
 from ddpm_tutorial.diffusion import GaussianDiffusion, beta_schedule
+from ddpm_tutorial.predictor import NoisePredictor
 from ddpm_tutorial.sampling import (
     SAMPLERS,
     SampleStep,
@@ -20,7 +21,6 @@ from ddpm_tutorial.sampling import (
     sample_images,
 )
 from ddpm_tutorial.toy import GaussianMixture
-from ddpm_tutorial.unet import UNet
 
 MEAN, STD = torch.tensor([0.5, -1.0]), 0.4  # the Gaussian data of the exact tests
 THEIR_NAMES = {"linear": "linear", "quadratic": "scaled_linear", "cosine": "squaredcos_cap_v2"}
@@ -231,9 +231,7 @@ THEIR_SOLVERS = {"ddim": DDIMScheduler, "heun": HeunDiscreteScheduler, "dpmpp-2m
 def solved_by_diffusers(name, model, diffusion, x_T, num_inference_steps, clip=False):
     options = {} if name == "dpmpp-2m" else {"clip_sample": clip}  # theirs of that name clips for other models only
     step_options = {"use_clipped_model_output": clip} if name == "ddim" else {}
-    scheduler = THEIR_SOLVERS[name](
-        trained_betas=diffusion.betas[1:].numpy(), timestep_spacing="trailing", **options
-    )
+    scheduler = THEIR_SOLVERS[name](trained_betas=diffusion.betas[1:].numpy(), timestep_spacing="trailing", **options)
     scheduler.set_timesteps(num_inference_steps)
     x = x_T / diffusion.sqrt_alphas_cumprod[-1] if name == "heun" else x_T  # there they follow x / sqrt(alpha_bar)
     for t in scheduler.timesteps:
@@ -257,7 +255,8 @@ def test_second_order_solvers_equal_diffusers(name, num_inference_steps, schedul
 
 @pytest.mark.parametrize("name, clip", [*itertools.product(THEIR_SOLVERS, [False]), ("ddim", True), ("heun", True)])
 def test_solvers_equal_diffusers_on_the_shipped_network(name, clip):
-    diffusion, model = GaussianDiffusion.from_pretrained(), UNet.from_pretrained()
+    model = NoisePredictor.from_pretrained()
+    diffusion = model.diffusion
     x_T = torch.randn(2, 1, 28, 28, generator=seeded())
     ours = run(SAMPLERS[name](model, diffusion, x_T.shape, num_inference_steps=8, clip_denoised=clip, x_T=x_T))
     theirs = solved_by_diffusers(name, model, diffusion, x_T, 8, clip)
@@ -268,7 +267,8 @@ def test_solvers_equal_diffusers_on_the_shipped_network(name, clip):
 @torch.no_grad()
 @pytest.mark.parametrize("clip", [True, False])
 def test_strided_ddpm_equals_diffusers_on_the_shipped_network(clip):
-    diffusion, model = GaussianDiffusion.from_pretrained(), Recorded(UNet.from_pretrained())
+    model = Recorded(NoisePredictor.from_pretrained())
+    diffusion = model.model.diffusion
     x_T = torch.randn(2, 1, 28, 28, generator=seeded())
     options = {"clip_denoised": clip, "x_T": x_T, "generator": seeded(5)}
     ours = sample_ddim(model, diffusion, x_T.shape, num_inference_steps=12, eta=1.0, **options)
@@ -288,9 +288,7 @@ def test_ddim_is_of_first_order_and_both_solvers_of_second():
 
     def error(sampler, count):
         model = gaussian_model(diffusion)
-        steps = sampler(
-            model, diffusion, (200, 2), num_inference_steps=count, clip_denoised=False, x_T=path(1000)
-        )
+        steps = sampler(model, diffusion, (200, 2), num_inference_steps=count, clip_denoised=False, x_T=path(1000))
         return next((step.x_t - path(200)).abs().mean().item() for step in steps if step.t == 200)
 
     for sampler, order in ((sample_ddim, 1), (sample_heun, 2), (sample_dpmpp_2m, 2)):

@@ -16,7 +16,7 @@ MIXTURE = GaussianMixture(torch.tensor([[-1.0], [0.8]]), torch.tensor([0.3, 0.4]
 
 def joint_gaussians(mean, std, diffusion, variances):
     """q(x_0 … x_T) and p_θ(x_0 … x_T) as Gaussians in T + 1 dimensions, built from their linear maps of noise."""
-    betas = diffusion._betas_float64
+    betas = diffusion.exact_betas
     T = len(betas)
     forward, offset = torch.zeros(T + 1, T + 1).double(), torch.zeros(T + 1).double()
     forward[0, 0], offset[0] = std, mean

@@ -1,5 +1,5 @@
 """The U-Net: each block, and the whole network, against a second forward pass written with loops and plain tensors;
-its start at zero; its inputs; its files; and the diagram drawn from it."""
+its start at zero; its inputs; and the diagram drawn from it."""
 
 import json
 import math
@@ -12,13 +12,12 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 from pretend_mps import DEVICE, PretendMPS
-from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from ddpm_tutorial.diffusion import GaussianDiffusion
 from ddpm_tutorial.plotting import draw_unet
 from ddpm_tutorial.unet import (
     Downsample,
+    Head,
     ResidualBlock,
     SelfAttention,
     UNet,
@@ -33,6 +32,7 @@ CONFIGS = {
     "colour, three levels": {"in_channels": 3, "channels": 16, "channel_mults": (1, 2, 3), "num_res_blocks": 2},
     "attention everywhere": {"channels": 16, "attention_levels": (0, 1), "num_heads": 2, "num_res_blocks": 2},
     "colour, folded": {"in_channels": 3, "channels": 8, "patch_size": 2},
+    "colour, folded by four": {"in_channels": 3, "channels": 8, "channel_mults": (1,), "patch_size": 4},
     "one level": {"channels": 48, "channel_mults": (1,), "attention_levels": (), "patch_size": 4},
 }
 
@@ -86,6 +86,14 @@ def plain_block(w, x, emb):
     if "shortcut.weight" in w:
         x = torch.einsum("bchw,oc->bohw", x, w["shortcut.weight"][:, :, 0, 0]) + w["shortcut.bias"][:, None, None]
     return x + F.conv2d(h, w["conv2.weight"], w["conv2.bias"], 1, 1)
+
+
+def plain_head(w, maps, x, emb):
+    h = F.conv2d(torch.cat([maps, x], 1), w["conv1.weight"], w["conv1.bias"], 1, 1)
+    modulation = silu(emb) @ w["emb.weight"].T + w["emb.bias"]
+    h = silu(h * (1 + modulation[:, :16, None, None]) + modulation[:, 16:, None, None])
+    h = silu(F.conv2d(h, w["conv2.weight"], w["conv2.bias"], 1, 1))
+    return F.conv2d(h, w["conv_out.weight"], w["conv_out.bias"], 1, 1)
 
 
 def plain_attention(w, x, heads):
@@ -153,10 +161,10 @@ def plain_unet(state, options, x_t, t, labels=None):
             x = conv(f"upsample.{up}", x.repeat_interleave(2, 2).repeat_interleave(2, 3))
     x = conv("conv_out", silu(plain_group_norm(x, state["norm_out.weight"], state["norm_out.bias"])))
 
-    out = torch.empty_like(x_t)
+    out = torch.empty(len(x_t), x.shape[1] // p**2, *x_t.shape[2:])
     for n in range(x.shape[1]):
         out[:, n // p**2, n // p % p :: p, n % p :: p] = x[:, n]
-    return out
+    return out if p == 1 else plain_head(part("head"), out, x_t, emb)
 
 
 # ---------------------------------------------------------------------------------------------- the blocks
@@ -205,6 +213,25 @@ def test_self_attention_is_its_formula(heads):
     attention = randomised(SelfAttention(16, heads))
     x = torch.randn(2, 16, 3, 5, generator=seeded(7))
     assert_close(attention(x), plain_attention(attention.state_dict(), x, heads), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("colours", "maps"), [(1, 4), (3, 12)])
+def test_head_is_its_formula(colours, maps):
+    head = randomised(Head(maps, colours, 12))
+    (given, x), emb = torch.randn(2, 2, maps, 5, 7, generator=seeded(13)), torch.randn(2, 12, generator=seeded(14))
+    out = head(given, x[:, :colours], emb)
+    assert out.shape == (2, colours, 5, 7)
+    assert_close(out, plain_head(head.state_dict(), given, x[:, :colours], emb), atol=1e-3, rtol=1e-4)
+
+
+def test_head_starts_at_zero_and_knows_no_patches():
+    """Shifted by one pixel, its answer is the same, shifted: a layer on folded pixels would move by patches."""
+    maps, x, emb = (torch.randn(2, c, 12, 12, generator=seeded(c)) for c in (4, 1, 12))
+    emb = emb[:, :, 0, 0]
+    assert not Head(4, 1, 12)(maps, x, emb).any()
+    head = randomised(Head(4, 1, 12))
+    moved = head(maps.roll(1, 3), x.roll(1, 3), emb)
+    assert_close(moved[..., 4:-3], head(maps, x, emb)[..., 3:-4], atol=1e-3, rtol=1e-4)
 
 
 def test_self_attention_starts_as_the_identity():
@@ -301,12 +328,13 @@ def test_folding_is_that_of_torch():
     model = UNet(in_channels=3, channels=16, channel_mults=(1,), attention_levels=(), patch_size=2)
     seen = {}
     model.conv_in.register_forward_pre_hook(lambda _, inputs: seen.update(folded=inputs[0]))
-    replaced = torch.randn(1, 12, 4, 4, generator=seeded(11))
+    replaced = torch.randn(1, 48, 4, 4, generator=seeded(11))
     model.conv_out.register_forward_hook(lambda *_: replaced)
+    model.head.register_forward_pre_hook(lambda _, inputs: seen.update(maps=inputs[0], x_t=inputs[1]))
     x_t = torch.randn(1, 3, 8, 8, generator=seeded(12))
-    out = model(x_t, torch.tensor([5]))
+    model(x_t, torch.tensor([5]))
     assert torch.equal(seen["folded"], F.pixel_unshuffle(x_t, 2))
-    assert torch.equal(out, F.pixel_shuffle(replaced, 2))
+    assert torch.equal(seen["maps"], F.pixel_shuffle(replaced, 2)) and seen["x_t"] is x_t  # four maps a colour
 
 
 # ------------------------------------------------------------------------------------------- the whole network
@@ -336,7 +364,7 @@ def test_output_has_the_shape_of_the_input(channels, patch_size):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_fresh_network_predicts_zero(name):
+def test_a_fresh_network_gives_zero(name):
     model = UNet(**CONFIGS[name])
     assert not model(*inputs(model)).any()
 
@@ -371,9 +399,10 @@ def test_gradient_wakes_from_the_outside_in():
         reached.append({n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0})
         optimizer.step()
     names = {name for name, _ in model.named_parameters()}
-    assert reached[0] == {"conv_out.weight", "conv_out.bias"}
+    assert reached[0] == {"head.conv_out.weight", "head.conv_out.bias"}
     assert {n for n in names if n.endswith(("conv2.weight", "to_out.weight"))} <= reached[1]
-    assert not any(n.endswith(("conv1.weight", "to_qkv.weight")) for n in reached[1])
+    assert {n for n in names if n.startswith("head.")} <= reached[1]
+    assert not any(n.endswith(("block.conv1.weight", "to_qkv.weight")) for n in reached[1])
     assert reached[2] == names
     assert (model.label_emb.weight.grad.abs().amax(1) > 0).all()  # every label given, and the null label
 
@@ -394,7 +423,8 @@ def test_parameters_are_counted_by_hand():
     expected += block(48, 48, emb) + conv(48, 96) + block(96, 96, emb) + attention(96)  # down
     expected += 2 * block(96, 96, emb) + attention(96)  # middle
     expected += block(192, 96, emb) + attention(96) + conv(96, 48) + block(96, 48, emb)  # up
-    expected += 2 * 48 + conv(48, 4)  # out
+    expected += 2 * 48 + conv(48, 4 * 4)  # out: four maps of 2×2 pixels
+    expected += conv(4 + 1, 16) + (emb + 1) * 2 * 16 + conv(16, 16) + conv(16, 1)  # head
     model = UNet(channels=48, patch_size=2, num_classes=10)
     assert sum(p.numel() for p in model.parameters()) == expected
 
@@ -413,6 +443,11 @@ def test_parameter_names_are_those_of_shipped_checkpoints():
     for layer in ("time_mlp.0", "time_mlp.2", "conv_in", "downsample.0", "upsample.0", "norm_out", "conv_out"):
         expected |= {f"{layer}.weight", f"{layer}.bias"}
     assert set(UNet(channels=8, num_classes=3).state_dict()) == expected
+    for layer in ("head.conv1", "head.emb", "head.conv2", "head.conv_out"):
+        expected |= {f"{layer}.weight", f"{layer}.bias"}
+    model = UNet(channels=8, num_classes=3, patch_size=2)
+    assert set(model.state_dict()) == {name for name, _ in model.named_parameters()} == expected
+    assert not list(model.buffers())  # no schedule, no tables
 
 
 # ------------------------------------------------------------------------------------------------ bad input
@@ -453,28 +488,18 @@ def test_labels_without_classes_are_refused():
 
 
 def test_integers_of_any_size_are_timesteps_and_labels():
-    model = randomised(UNet(channels=8, num_classes=3, target="v"))
+    model = randomised(UNet(channels=8, num_classes=3))
     x_t, t, labels = torch.randn(2, 1, 8, 8, generator=seeded()), torch.tensor([1, 100]), torch.tensor([0, 3])
     expected = model(x_t, t, labels)
     for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
         assert_close(model(x_t, t.to(dtype), labels.to(dtype)), expected)
 
 
-@pytest.mark.parametrize("target", ["noise", "v", "x_0"])
-@pytest.mark.parametrize(
-    ("t", "message"),
-    [
-        ([0, 5], r"t must lie in 1 … 100 \(100 is T\), got 0 … 5"),
-        ([-1, 5], "got -1 … 5"),
-        ([5, 101], "got 5 … 101"),
-        ([1.0, 2.0], "t must be integers, got torch.float32"),
-        ([True, True], "t must be integers, got torch.bool"),
-    ],
-)
-def test_wrong_timesteps_are_refused(target, t, message):
-    model = UNet(channels=8, target=target, num_timesteps=100)
-    with pytest.raises(ValueError, match=message):
-        model(torch.zeros(2, 1, 8, 8), torch.tensor(t))
+@pytest.mark.parametrize("t", [[1.0, 2.0], [True, True]])
+def test_timesteps_that_are_no_integers_are_refused(t):
+    t = torch.tensor(t)
+    with pytest.raises(ValueError, match=f"t must be integers, got {t.dtype}"):
+        UNet(channels=8)(torch.zeros(2, 1, 8, 8), t)
 
 
 def test_wrong_kinds_of_inputs_are_refused():
@@ -492,7 +517,7 @@ def test_wrong_kinds_of_inputs_are_refused():
 
 def test_nothing_is_read_from_another_device():
     with PretendMPS() as mode:
-        model = UNet(channels=8, num_classes=3, target="v").to(DEVICE)
+        model = UNet(channels=8, num_classes=3).to(DEVICE)
         x_t, t, labels = torch.zeros(2, 1, 8, 8, device=DEVICE), torch.tensor([1, 2]).to(DEVICE), torch.ones(2).long()
         labels = labels.to(DEVICE)
         mode.waits.clear()
@@ -501,18 +526,17 @@ def test_nothing_is_read_from_another_device():
 
 
 def test_compiles_as_one_graph_on_the_cpu():
-    model = UNet(channels=8, channel_mults=(1,), attention_levels=(), num_classes=3, target="v").eval()
+    model = UNet(channels=8, channel_mults=(1,), attention_levels=(), num_classes=3).eval()
     given = torch.randn(1, 1, 2, 2), torch.tensor([7]), torch.tensor([3])
     assert_close(torch.compile(model, backend="eager", fullgraph=True)(*given), model(*given))
 
 
 @pytest.mark.parametrize(
     "options",
-    [{name: value} for name in ("in_channels", "channels", "num_res_blocks", "num_heads", "patch_size", "num_classes",
-                                "num_timesteps") for value in (0, -1, 1.5, "x", True, 10**9)]
+    [{name: value} for name in ("in_channels", "channels", "num_res_blocks", "num_heads", "patch_size", "num_classes")
+     for value in (0, -1, 1.5, "x", True, 10**9)]
     + [{"channel_mults": mults} for mults in ((), 5, None, "12", ["a"], (1, 0), (1, 0.3), (-1,))]
-    + [{"attention_levels": levels} for levels in ((7,), (-1,), 1, None, "x", (0.5,))]
-    + [{"schedule": "cosin"}, {"schedule": []}, {"schedule": None}, {"target": []}, {"target": None}],
+    + [{"attention_levels": levels} for levels in ((7,), (-1,), 1, None, "x", (0.5,))],
     ids=str,
 )  # fmt: skip
 def test_a_network_that_cannot_be_is_refused_by_name(options):
@@ -535,33 +559,13 @@ def test_width_that_does_not_split_into_heads_is_refused(options):
         UNet(**options)
 
 
-# ---------------------------------------------------------------------------------------------------- files
 @pytest.mark.parametrize("name", CONFIGS)
-def test_saved_and_loaded_network_is_the_same(name, tmp_path):
-    model = randomised(UNet(**CONFIGS[name]))
-    model.save_pretrained(tmp_path)
-    loaded = UNet.from_pretrained(tmp_path)
-    assert not loaded.training
-    x_t, t = inputs(model)
-    assert torch.equal(loaded(x_t, t), model(x_t, t))
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert config["channels"] == CONFIGS[name]["channels"]
-    assert set(load_file(tmp_path / "model.safetensors")) == set(model.state_dict())
-
-
-def test_config_of_another_network_is_refused(tmp_path):
-    UNet(channels=8, num_classes=3).save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"num_res_blocks": 2}))
-    with pytest.raises(ValueError, match="damaged or holds no UNet of this package"):
-        UNet.from_pretrained(tmp_path)
-
-
-def test_shipped_weights_load_without_a_network():
-    model = UNet.from_pretrained()
-    assert model.num_classes == 10 and model.in_channels == 1
-    x_t, t = inputs(model, (28, 28))
-    assert torch.isfinite(model(x_t, t)).all()
+def test_the_config_makes_the_same_network(name):
+    model = UNet(**CONFIGS[name])
+    assert model.config.items() >= {n: list(v) if type(v) is tuple else v for n, v in CONFIGS[name].items()}.items()
+    again = UNet(**json.loads(json.dumps(model.config)))
+    again.load_state_dict(model.state_dict())
+    assert again.config == model.config
 
 
 # --------------------------------------------------------------------------------------------- the diagram
@@ -576,34 +580,3 @@ def test_diagram_shows_the_measured_shapes(name):
         assert f"{width}×{side >> level}×{side >> level}" in texts
     assert f"{model.in_channels}×16×16" in texts
     assert not any(module._forward_hooks for module in model.modules())  # it takes its hooks away
-
-
-# ---------------------------------------------------------------------- layers that give v or x_0, noise comes out
-@pytest.mark.parametrize("target", ["v", "x_0"])
-def test_what_the_layers_give_is_turned_into_noise(target):
-    torch.manual_seed(0)
-    options = {"channels": 16, "patch_size": 2, "num_classes": 3}
-    plain, network = UNet(**options), UNet(**options, target=target, schedule="cosine", num_timesteps=50)
-    torch.nn.init.normal_(plain.conv_out.weight, std=0.1)
-    network.load_state_dict(plain.state_dict())  # the tables are no parameters, and are not saved
-    diffusion = GaussianDiffusion.from_schedule("cosine", 50)
-    x_t, t, labels = torch.randn(4, 1, 8, 8), torch.tensor([1, 10, 40, 50]), torch.tensor([0, 1, 2, 3])
-    given = plain(x_t, t, labels)
-    expected = diffusion.noise_from_v(x_t, t, given) if target == "v" else diffusion.predict_noise(x_t, t, given)
-    assert_close(network(x_t, t, labels), expected, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="target must be one of noise, v, x_0, got 'score'"):
-        UNet(**options, target="score")
-
-
-def test_a_fresh_network_that_gives_v_passes_the_noisy_image_on():
-    network = UNet(channels=16, target="v")
-    x_t, t = torch.randn(2, 1, 8, 8), torch.tensor([1, 1000])
-    diffusion = GaussianDiffusion.from_schedule("linear")
-    assert_close(network(x_t, t), diffusion.sqrt_one_minus_alphas_cumprod[t].view(2, 1, 1, 1) * x_t)
-
-
-def test_a_network_that_gives_v_is_saved_and_loaded_with_its_schedule(tmp_path):
-    network = UNet(channels=16, target="v", schedule="sigmoid", num_timesteps=60).eval()
-    network.save_pretrained(tmp_path)
-    x_t, t = torch.randn(2, 1, 8, 8), torch.tensor([5, 60])
-    assert_close(UNet.from_pretrained(tmp_path)(x_t, t), network(x_t, t))
