@@ -153,7 +153,7 @@ def _float64_tables(diffusion: GaussianDiffusion, variances: Tensor) -> tuple[Te
     """β_t, ᾱ_t, ᾱ_{t−1} and σ_t² for t = 1 … T, (T,) float64 each."""
     if variances.shape != diffusion.betas.shape:
         raise ValueError(f"variances must be a table ({len(diffusion.betas)},), got {tuple(variances.shape)}")
-    betas = diffusion._betas_float64
+    betas = diffusion.exact_betas
     alpha_bar = (1 - betas).cumprod(0)
     previous = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
     return betas, alpha_bar, previous, variances[1:].cpu().double()
