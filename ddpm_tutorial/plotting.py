@@ -200,8 +200,9 @@ def draw_block(block: nn.Module, *inputs: Tensor, axis: plt.Axes | None = None) 
     while node:  # the longest path from the first input is column 0
         column[node] = 0
         node = max(users[node], key=row.get, default=None)
-    for n in boxes:  # what else comes from the first input goes right of it, other inputs left
-        side = 1 if any(column[source] >= 0 for source in sources[n]) else -1
+    for n in boxes:  # what comes from the first input or goes straight into its column is right of it, others left
+        straight = not sources[n] and all(column.get(user) == 0 for user in users[n])
+        side = 1 if straight or any(column[source] >= 0 for source in sources[n]) else -1
         while n not in column or any((column[n], row[n]) == (column[o], row[o]) for o in column if o is not n):
             column[n] = column.get(n, 0) + side
 
@@ -240,7 +241,8 @@ def draw_block(block: nn.Module, *inputs: Tensor, axis: plt.Axes | None = None) 
 
 def draw_unet(model: UNet, image_size: int = 28) -> plt.Figure:
     """The U-Net as a diagram. Each box shows the shape (channels × height × width) that it puts out, measured by a
-    forward pass on one image of ``image_size``; a row is a resolution, and grey lines are the skip connections.
+    forward pass on one image of ``image_size``; a row is a resolution, and grey lines are the skip connections. Where
+    pixels are folded, the top row is the full resolution, and the head is in it.
     """
     shapes: dict[nn.Module, str] = {}
     hook = register_module_forward_hook(lambda part, _, out: shapes.update({part: "×".join(map(str, out.shape[1:]))}))
@@ -252,12 +254,14 @@ def draw_unet(model: UNet, image_size: int = 28) -> plt.Figure:
     finally:
         hook.remove()
     down, up = [s for level in model.down for s in level], [s for level in model.up for s in level]
-    levels, blocks = len(model.down), len(model.down[0])
+    levels, blocks, p, head = len(model.down), len(model.down[0]), model.patch_size, model.head
     rows = [0] + [i // blocks for i in range(len(down))] + [levels] * len(model.middle)
     rows += [levels - 1 - i // blocks for i in range(len(up))] + [0]
     parts = [model.conv_in, *down, *model.middle, *up, model.conv_out]
-    figure, axis = plt.subplots(figsize=(1.15 * len(parts) + 0.4, 1.0 * levels + 2.4), layout="constrained")
+    last, middle, top = len(parts) - 1, (len(parts) - 1) / 2, 1.2 if head is None else 2.2  # top: of what is told
+    figure, axis = plt.subplots(figsize=(1.15 * len(parts) + 0.4, levels + top + 1.2), layout="constrained")
     colors = {"convolution": "#dddddd", "residual block": "#bcd6ee", "residual block + attention": "#f6cf9b"}
+    colors |= {} if head is None else {"head": "#d8c7e8"}
 
     def box(x: float, y: float, text: str, color: str, width: float = 0.96) -> None:
         axis.add_patch(plt.Rectangle((x - width / 2, y - 0.3), width, 0.6, facecolor=color, edgecolor="#444444"))
@@ -267,16 +271,20 @@ def draw_unet(model: UNet, image_size: int = 28) -> plt.Figure:
         axis.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": color, "linestyle": style})
 
     image = f"{model.in_channels}×{image_size}×{image_size}"
-    last, middle = len(parts) - 1, (len(parts) - 1) / 2
     box(0, 1.2, f"$x_t$\n{image}", "white")
-    box(last, 1.2, f"predicted noise\n{image}", "white", 1.15)
+    box(last, top, f"output\n{image}", "white")
     embedding = "$t$ → sinusoids → MLP" + ("" if model.label_emb is None else "  +  label → table")
-    box(middle, 1.2, f"{embedding}\n{model.time_mlp[2].out_features}, to every block", "#d9ecd0", 3.0)
-    folding = f"fold {model.patch_size}×{model.patch_size}" if model.patch_size > 1 else ""
+    told = "to every block" + ("" if head is None else " and the head")
+    box(middle, top, f"{embedding}\n{model.time_mlp[2].out_features}, {told}", "#d9ecd0", 3.0)
     arrow((0, 0.9), (0, 0.3))
     arrow((last, 0.3), (last, 0.9))
-    axis.text(0.08, 0.6, folding, fontsize=8, va="center")
-    axis.text(last - 0.08, 0.6, folding and "un" + folding, fontsize=8, va="center", ha="right")
+    if head is not None:
+        box(last, 1.2, f"head\n{shapes[head]}", colors["head"])
+        arrow((last, 1.5), (last, top - 0.3))
+        arrow((0.48, 1.2), (last - 0.48, 1.2), "#888888", "--")
+        axis.text(0.08, 0.6, f"fold {p}×{p}", fontsize=8, va="center")
+        maps = f"{model.conv_out.out_channels // p**2}×{image_size}×{image_size}"
+        axis.text(last - 0.08, 0.6, f"unfold {p}×{p}: {maps}", fontsize=8, va="center", ha="right")
     for i, (part, row) in enumerate(zip(parts, rows, strict=True)):
         kind = "convolution"
         if hasattr(part, "block"):
@@ -303,7 +311,7 @@ def draw_unet(model: UNet, image_size: int = 28) -> plt.Figure:
     for name, color in colors.items():
         axis.scatter([], [], marker="s", s=80, color=color, edgecolor="#444444", label=name)
     axis.plot([], [], "--", color="#888888", label="skip connection")
-    axis.legend(loc="lower center", ncols=4, fontsize=8, frameon=False, bbox_to_anchor=(0.5, -0.08))
-    axis.set(xlim=(-0.7, last + 0.7), ylim=(-levels - 0.6, 1.6))
+    axis.legend(loc="lower center", ncols=5, fontsize=8, frameon=False, bbox_to_anchor=(0.5, -0.08))
+    axis.set(xlim=(-0.7, last + 0.7), ylim=(-levels - 0.6, top + 0.4))
     axis.set_axis_off()
     return figure

@@ -11,6 +11,7 @@ from ddpm_tutorial.plotting import (
     animate_images,
     animate_points,
     draw_block,
+    draw_unet,
     play,
     save_gif,
     show_images,
@@ -18,7 +19,7 @@ from ddpm_tutorial.plotting import (
     show_source,
 )
 from ddpm_tutorial.quiz import show_quiz
-from ddpm_tutorial.unet import Downsample, ResidualBlock, SelfAttention, UNet
+from ddpm_tutorial.unet import Downsample, Head, ResidualBlock, SelfAttention, UNet
 
 matplotlib.use("Agg")
 
@@ -131,6 +132,47 @@ def arrows(figure) -> set[tuple[str, str]]:
 
     lines = [patch._path_original.vertices for patch in axis.patches if isinstance(patch, FancyArrowPatch)]
     return {(touched(line[0]), touched(line[-1])) for line in lines}
+
+
+@pytest.mark.parametrize(
+    ("block", "shapes"),
+    [
+        (ResidualBlock(16, 8, 12), [(2, 16, 6, 6), (2, 12)]),
+        (SelfAttention(8, 2), [(1, 8, 3, 5)]),
+        (Head(4, 1, 12), [(2, 4, 6, 6), (2, 1, 6, 6), (2, 12)]),
+    ],
+    ids=["residual block", "attention", "head"],
+)
+def test_no_line_of_a_diagram_runs_through_a_box(block, shapes):
+    axis = draw_block(block, *map(torch.zeros, shapes)).axes[0]
+    boxes = [patch.get_bbox() for patch in axis.patches if isinstance(patch, plt.Rectangle)]
+    lines = [patch._path_original.vertices for patch in axis.patches if isinstance(patch, FancyArrowPatch)]
+    assert boxes and lines
+    for line in lines:
+        for start, end in zip(line[:-1], line[1:], strict=True):
+            for share in torch.linspace(0, 1, 101).tolist():
+                x, y = start + share * (end - start)
+                assert not any(b.x0 + 0.01 < x < b.x1 - 0.01 and b.y0 + 0.01 < y < b.y1 - 0.01 for b in boxes)
+
+
+def test_diagram_of_the_head_has_the_image_beside_the_maps():
+    flow = arrows(draw_block(Head(4, 1, 12), *map(torch.zeros, [(2, 4, 6, 6), (2, 1, 6, 6), (2, 12)])))
+    assert ("maps\n2×4×6×6", "cat\n2×5×6×6") in flow and ("x\n2×1×6×6", "cat\n2×5×6×6") in flow
+    assert ("conv1: 3×3 convolution\n2×16×6×6", "×\n2×16×6×6") in flow
+
+
+@pytest.mark.parametrize("patch_size", [1, 2])
+def test_diagram_of_the_unet_shows_the_head_where_there_is_one(patch_size):
+    axis = draw_unet(UNet(in_channels=3, channels=8, patch_size=patch_size)).axes[0]
+    places = {text.get_text(): text.get_position() for text in axis.texts if text.get_text()}
+    lines = [(text.xyann, text.xy) for text in axis.texts if isinstance(text, plt.Annotation)]
+    level = [(start, end) for start, end in lines if start[1] == end[1] > 0]
+    assert "output\n3×28×28" in places and ("head\n3×28×28" in places) == (patch_size == 2) == bool(level)
+    if patch_size == 2:
+        x, y = places["head\n3×28×28"]
+        ((start, end),) = level  # the image goes straight to the head
+        assert start == (places["$x_t$\n3×28×28"][0] + 0.48, y) and end == (x - 0.48, y)
+        assert "fold 2×2" in places and "unfold 2×2: 12×28×28" in places and "out\n48×14×14" in places
 
 
 def test_diagram_of_a_residual_block_is_its_data_flow():
