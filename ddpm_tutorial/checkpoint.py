@@ -230,7 +230,7 @@ def _counters(file) -> tuple[int, int, dict[str, float]]:
     """Beside its tensors the state holds the step, how many weights were averaged, and the scale of the loss."""
     metadata = file.metadata() or {}
     step, averaged = int(metadata["step"]), int(metadata["averaged"])
-    scale = json.loads(metadata.get("scaler", "{}"))
+    scale = json.loads(metadata["scaler"])
     for name, value in {"step": step, "averaged": averaged}.items():
         whole(0).check(name, value)
     for name, value in scale.items():

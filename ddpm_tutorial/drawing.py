@@ -94,6 +94,8 @@ def sampler_of_images(
     Image i takes all its noise from a generator of its own, seeded by (seed, i). So it is the same image in any batch
     and beside any number of others. ValueError names an option that does not go with the others or with the network.
     """
+    if sampler not in SAMPLERS:
+        raise ValueError(f"unknown sampler {sampler!r}; the known ones are {', '.join(SAMPLERS)}")
     if guidance_scale != 1 and not model.class_names:
         raise ValueError(f"trained without labels: --guidance-scale must be 1 here, got {guidance_scale}")
     options = {}

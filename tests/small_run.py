@@ -1,0 +1,20 @@
+"""A training small enough for tests: what several files of them begin with."""
+
+import torch
+
+from ddpm_tutorial.diffusion import GaussianDiffusion
+from ddpm_tutorial.predictor import NoisePredictor
+from ddpm_tutorial.settings import TrainConfig
+from ddpm_tutorial.unet import UNet
+
+CONFIG = TrainConfig(num_train_steps=8, batch_size=16, warmup_steps=2, lr=1e-3, ema_decay=0.9)
+
+
+def new_model(seed: int = 0, target: str = "noise", schedule: str = "linear", **options) -> NoisePredictor:
+    torch.manual_seed(seed)
+    unet = UNet(**({"channels": 16, "patch_size": 2, "num_classes": 10} | options))
+    return NoisePredictor(unet, GaussianDiffusion.from_schedule(schedule), target)
+
+
+def weights(module: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
