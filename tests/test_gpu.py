@@ -29,7 +29,7 @@ def tiny(monkeypatch):
     for module in (ladder, guidance_sweep):
         monkeypatch.setattr(module, "load_fashion_mnist", few)
     # every table gets a row, in whatever time
-    monkeypatch.setattr(gpu, "UNTIL", gpu.UNTIL | {"ladder": 100, "guidance_sweep": 100})
+    monkeypatch.setattr(gpu, "UNTIL", dict.fromkeys(gpu.UNTIL, 100) | {"training": 0.5})
     monkeypatch.setattr(benchmark, "candidates", lambda quick, all=benchmark.candidates: all(quick)[:1])
 
 
@@ -46,6 +46,8 @@ def test_a_folder_of_weights_and_results(tiny, tmp_path, monkeypatch, capsys):
     assert found["settings"]["weights"] == fingerprint(out / "weights") and found["settings"]["num_images"] == 100
     assert len(found["rows"]) == 2 * len(ladder.SOLVERS)
     assert found["command"].startswith("python -m experiments.gpu --minutes 0.1") and "sample" not in found["command"]
+    (ours,) = json.loads((out / "results" / "benchmark-cpu.json").read_text())["candidates"]
+    assert ours["train"]["eager"]["images_per_second"]["median"] > 0
 
     # shipped, it is kept: by the experiment's own command, without its options
     monkeypatch.setattr(NoisePredictor, "shipped", out / "weights")
