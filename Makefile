@@ -6,11 +6,11 @@ DATA ?= hub
 OUT ?= runs/train
 
 .DEFAULT_GOAL := help
-.PHONY: help book test portable train bench lab notebooks clean
+.PHONY: help book test portable train results lab notebooks clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
-	@echo "  options: make train DATA=hub|sample|FOLDER OUT=runs/mine; PYTHON=python3.12 chooses the interpreter"
+	@echo "  options: make train DATA=hub|sample|FOLDER OUT=runs/mine; make results DATA=...; PYTHON=python3.12 chooses the interpreter"
 
 .venv/ready: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed (PYTHON=... chooses one)")'
@@ -30,10 +30,10 @@ portable: .venv/ready  ## the notebooks under other instruction sets, threads an
 	@$(BIN)/python tools/check.py portable
 
 train: .venv/ready  ## train on the full data with the best device found
-	@$(BIN)/ddpm-tutorial train --data $(DATA) --out $(OUT) $(if $(wildcard $(OUT)/state.safetensors),--resume,--target v --lr 2e-3)
+	@$(BIN)/ddpm-tutorial train --data $(DATA) --out $(OUT) $(if $(wildcard $(OUT)/state.safetensors),--resume)
 
-bench: .venv/ready  ## measure speed against other libraries' networks
-	@$(BIN)/python tools/bench.py
+results: .venv/ready  ## make every table of the book again, from the shipped weights (hours; goes on where it stopped)
+	@$(BIN)/python -m experiments --data $(DATA)
 
 lab: .venv/ready  ## open JupyterLab on the chapters
 	@$(BIN)/jupyter lab book

@@ -1,4 +1,4 @@
-"""experiments/ablation.py and choices.py: runs on the sample, seeds and their spread, going on where it stopped, and bad
+"""experiments/ablation.py and choices.py: runs on the sample, seeds and their spread, going on where it stopped, bad
 input."""
 
 import json

@@ -1,6 +1,9 @@
 """The tables that chapters show: they load, say how they were made, and were made with the weights that are shipped."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -78,3 +81,11 @@ def test_only_some_experiments_and_bad_names(asked, capsys):
     with pytest.raises(SystemExit) as stopped:
         experiments.main(["--only", "ladders"])
     assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_command_starts_in_the_repository():
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments", "--help"], cwd=root, text=True, capture_output=True, timeout=600
+    )
+    assert done.returncode == 0 and "ladder" in done.stdout, done.stderr
