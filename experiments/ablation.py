@@ -114,13 +114,12 @@ def run(
     }  # fmt: skip
     table = Table(out, command, settings, [{"run": name, "seed": seed} for seed in SEEDS for name in RUNS])
     table.missing = [job for job in table.missing if job["run"] in (runs or RUNS) and job["seed"] < seeds]
-    if not table.missing:
-        return
-    reference = look(train_set.images)
-    if "real" not in table:
-        table["real"] = real_figures(load_fashion_mnist("test", data), reference, options["num_images"])
-    options["threads"] = max(1, torch.get_num_threads() // processes)
-    table.fill(partial(train_and_judge, options=options, data=data, reference=reference), processes=processes)
+    if table.missing:
+        reference = look(train_set.images)
+        if "real" not in table:
+            table["real"] = real_figures(load_fashion_mnist("test", data), reference, options["num_images"])
+        options["threads"] = max(1, torch.get_num_threads() // processes)
+        table.fill(partial(train_and_judge, options=options, data=data, reference=reference), processes=processes)
     table["runs"] = over_seeds(table.result["rows"])
 
 

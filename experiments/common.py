@@ -21,7 +21,6 @@ from tqdm.auto import tqdm
 import ddpm_tutorial
 from ddpm_tutorial.command.arguments import Parser
 from ddpm_tutorial.files import written_aside
-from ddpm_tutorial.metrics import Classifier
 from ddpm_tutorial.predictor import NoisePredictor
 from ddpm_tutorial.results import RESULTS_FOLDER
 from ddpm_tutorial.settings import SEED, TEXT
@@ -121,9 +120,10 @@ class Table:
         self.write()
 
     def add(self, row: dict) -> None:
-        rows = [*self.result["rows"], row]
-        place = {i: [job.items() <= row.items() for job in self.jobs].index(True) for i, row in enumerate(rows)}
-        self["rows"] = [rows[i] for i in sorted(place, key=place.get)]
+        def place(row: dict) -> int:
+            return next((i for i, job in enumerate(self.jobs) if job.items() <= row.items()), len(self.jobs))
+
+        self["rows"] = sorted([*self.result["rows"], row], key=place)
 
     def write(self) -> None:
         with written_aside(self.out) as aside:
@@ -180,8 +180,7 @@ def fingerprint(folder: str | Path) -> str:
 
 def made_with(checkpoint: str | None, *others: type) -> dict[str, str]:
     """The hashes of a checkpoint (None: the shipped one) and of shipped classifiers, for a table's settings."""
-    names = {Classifier: "classifier"}
-    found = {names.get(other, "noisy_classifier"): fingerprint(other.shipped) for other in others}
+    found = {other.shipped.name: fingerprint(other.shipped) for other in others}
     return {"weights": fingerprint(checkpoint or NoisePredictor.shipped)} | found
 
 

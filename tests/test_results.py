@@ -14,7 +14,7 @@ from ddpm_tutorial.guidance import NoisyClassifier
 from ddpm_tutorial.metrics import Classifier
 from ddpm_tutorial.results import RESULTS_FOLDER, load_results
 from experiments import __main__ as experiments
-from experiments.common import made_with
+from experiments.common import Table, made_with, pixel_figures
 
 NAMES = sorted(path.stem for path in RESULTS_FOLDER.glob("*.json"))
 TRAIN_THEIR_OWN = ("ablation", "choices", "benchmark")
@@ -89,3 +89,22 @@ def test_the_command_starts_in_the_repository():
         [sys.executable, "-m", "experiments", "--help"], cwd=root, text=True, capture_output=True, timeout=600
     )
     assert done.returncode == 0 and "ladder" in done.stdout, done.stderr
+
+
+def test_rows_come_in_the_order_of_the_jobs_and_none_is_lost(tmp_path):
+    out, jobs = tmp_path / "a.json", [{"n": n, "kind": [n, 1]} for n in range(4)]
+    Table(out, "first", {"seed": 0}, jobs[2:]).fill(lambda job: {"square": job["n"] ** 2})
+    table = Table(out, "second", {"seed": 0}, jobs[:3])
+    assert table.missing == jobs[:2]
+    table.fill(lambda job: {"square": job["n"] ** 2})
+    assert json.loads(out.read_text())["rows"] == [job | {"square": job["n"] ** 2} for job in jobs]
+    assert Table(out, "third", {"seed": 0}, jobs).result["command"] == "second"  # nothing was made by the third
+
+
+def test_a_dot_grid_is_seen_in_the_pixel_figures():
+    real = torch.randint(256, (50, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)) // 4
+    dots = real.clone()
+    dots[..., ::2, ::2] += 100
+    found, same = pixel_figures(dots, real), pixel_figures(real, real)
+    assert found["pixel_frequency"] > 10 and same["pixel_frequency"] == 1
+    assert same["black"] == same["real_black"] == (real == 0).double().mean() > found["black"]
