@@ -393,7 +393,9 @@ def test_bad_input_of_train(trained, tmp_path, fails):
     assert "unrecognized arguments: --batchsize" in fails("train", *out, "--batchsize", 3)
     assert "no checkpoint" in fails("train", *out, "--resume")
     assert "already holds a checkpoint" in fails("train", "--out", trained, *SMALL)
-    assert "started with another --lr" in fails("train", "--out", trained, "--resume", "--lr", 5)
+    for option, value in (("lr", 5), ("optimizer", "adam"), ("target", "noise"), ("cooldown", 0.5)):
+        told = fails("train", "--out", trained, "--resume", f"--{option}", value)
+        assert f"started with another --{option}; --resume keeps its own" in told
     assert not (tmp_path / "new").exists()
 
 
@@ -561,7 +563,8 @@ def test_bad_input_of_sample(trained, tmp_path, fails):
     assert "no such folder" in fails("sample", "--checkpoint", trained, "--out", tmp_path / "no" / "x.png")
     for long in ("x" * 249, "x" * 245 + ".png"):  # as a folder or a file; what is written aside has a longer name
         assert "nothing can be written to" in fails(*elsewhere, tmp_path / long)
-    assert "no checkpoint in" in fails("sample", "--checkpoint", tmp_path / "nowhere", "--out", tmp_path / "x.png")
+    assert "no such folder" in fails("sample", "--checkpoint", tmp_path / "nowhere", "--out", tmp_path / "x.png")
+    assert "no checkpoint in" in fails("sample", "--checkpoint", tmp_path / "full", "--out", tmp_path / "x.png")
     assert not (tmp_path / "x.png").exists()
 
 

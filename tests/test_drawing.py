@@ -117,7 +117,7 @@ def test_the_bar_moves_with_every_step_of_a_sampler(model, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sampler": "euler"}, "unknown sampler 'euler'; the known ones are ddim, "),
+        ({"sampler": "euler"}, "unknown sampler 'euler'; the known ones are ddpm, ddim, "),
         ({"sampler": "ddpm", "num_inference_steps": 5}, "ddpm always takes all T steps"),
         ({"num_inference_steps": 26}, "1 … 25"),
         ({"sampler": "heun", "eta": 0.5}, "--eta belongs to the sampler ddim, got 0.5 with heun"),

@@ -8,7 +8,7 @@ import scipy.linalg
 import torch
 from torch.testing import assert_close
 
-from ddpm_tutorial.data import load_fashion_mnist, to_model_range
+from ddpm_tutorial.data import ImageData, load_fashion_mnist, to_model_range
 from ddpm_tutorial.metrics import (
     Classifier,
     InceptionV3,
@@ -19,7 +19,11 @@ from ddpm_tutorial.metrics import (
     label_agreement,
     look,
     nearest_neighbours,
+    of_subsets,
     precision_recall,
+    real_figures,
+    sample_figures,
+    spread,
     train_classifier,
 )
 
@@ -172,6 +176,27 @@ def test_a_balanced_subset_has_each_class_as_often_and_is_random():
     assert sorted(torch.bincount(labels[chosen]).tolist()) == [33, 33, 34]
     other = balanced_subset(labels, 100, torch.Generator().manual_seed(1))
     assert len(set(chosen.tolist()) & set(other.tolist())) < 30  # 10 are expected
+
+
+def test_spread_is_the_mean_and_the_deviation_of_each_figure():
+    sets = [{"a": 1.0, "b": 5.0}, {"a": 2.0, "b": 5.0}, {"a": 6.0, "b": 5.0}]
+    assert spread(sets) == {"a": {"mean": 3.0, "deviation": 7**0.5}, "b": {"mean": 5.0, "deviation": 0.0}}
+    assert spread(sets[:1])["a"] == {"mean": 1.0, "deviation": None}
+
+
+def test_real_figures_are_those_of_ten_random_balanced_subsets_or_of_all():
+    labels, seen = torch.arange(60) % 3, []
+    of_subsets(lambda chosen: seen.append(chosen) or {"a": 0.0}, labels, 30, seed=1)
+    assert len(seen) == len({tuple(chosen.tolist()) for chosen in seen}) == 10
+    assert all(torch.bincount(labels[chosen]).tolist() == [10, 10, 10] for chosen in seen)
+    of_subsets(lambda chosen: seen.append(chosen) or {"a": 0.0}, labels, 60, seed=1)
+    assert len(seen) == 11 and sorted(seen[-1].tolist()) == list(range(60))
+
+    data = load_fashion_mnist("test", source="sample")
+    test, reference = ImageData(data.images[:120], data.labels[:120], data.class_names), look(data.images[120:300])
+    found = real_figures(test, reference, 120, seed=3)
+    expected = sample_figures(look(test.images), test.labels, reference, seed=3)
+    assert {name: figure["mean"] for name, figure in found.items()} == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
 def test_inception_sees_grey_images_as_papers_do(monkeypatch):

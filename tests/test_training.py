@@ -33,6 +33,18 @@ def test_loss_falls_below_predicting_no_noise(data):
     assert sum(losses[-10:]) / 10 < 0.6
 
 
+@pytest.mark.parametrize("target", ["noise", "v", "x_0"])
+@pytest.mark.parametrize("loss", ["l2", "l1"])
+def test_the_first_loss_is_that_of_zeros_beside_what_the_target_wants(data, target, loss):
+    """A fresh network gives zeros, so that its loss is known from the batch alone."""
+    model, config = new_model(target=target), replace(CONFIG, loss=loss)
+    _, x_0, t, noise, _ = next(training_batches(model, *data, config, done=0))
+    signal = model.diffusion.alphas_cumprod[t].sqrt().view(-1, 1, 1, 1)
+    wanted = {"noise": noise, "v": signal * noise - (1 - signal**2).sqrt() * x_0, "x_0": x_0}[target]
+    expected = wanted.square().mean() if loss == "l2" else wanted.abs().mean()
+    assert_close(next(train(model, *data, config)).loss, expected, rtol=1e-4, atol=0)
+
+
 def test_same_seed_same_weights_other_seed_other_weights(data):
     def end(seed):
         *_, last = train(new_model(), *data, TrainConfig(num_train_steps=3, batch_size=16, seed=seed))
