@@ -52,13 +52,13 @@ def table_parser(name: str, about: str, table: str | None = None, trains: bool =
 
 
 def run_command(parser: Parser, argv: list[str] | None, run: Callable[..., None], defaults: dict) -> int:
-    """``run(command=…, **options)`` with what is given, else what the file in --out was begun with, else the
-    ``defaults``. Bad input and damaged files are one line and exit status 2, Ctrl-C is 130."""
+    """``run(command=…, **options)`` with what is given, else what the file in --out was made with, if that was with the
+    same weights, else the ``defaults``. Bad input and damaged files are one line and exit status 2, Ctrl-C is 130."""
     given = vars(parser.parse_args(argv))
     try:
         begun = read_result(given["out"]).get("settings", {})
-        if begun.get("weights") not in (None, fingerprint(given.get("checkpoint", NoisePredictor.shipped))):
-            begun = {}  # the table is begun anew
+        if begun.get("weights") != fingerprint(given.get("checkpoint", NoisePredictor.shipped)):
+            begun = {}
         options = defaults | {name: begun[name] for name in defaults if name in begun} | given
         told = (f"--{name.replace('_', '-')} {options[name]}" for name in defaults)
         run(command=" ".join([parser.prog, *told, "--data SOURCE"]), **options)

@@ -15,10 +15,8 @@ from experiments.benchmark import peers, recipe
 def test_default_peers_have_the_known_size(peer, size, gflop):
     make, width, _ = peers.PEERS[peer]
     model = make(width)
-    forward, training = peers.operations(model)
     assert peers.parameters(model) == size
-    assert abs(forward / 1e9 - gflop) < 0.01
-    assert 2.9 < training / forward < 3.1
+    assert abs(peers.operations(model) / 1e9 - gflop) < 0.01
 
 
 def test_the_notebooks_network_predicts_noise_and_learns():
@@ -42,7 +40,7 @@ def test_standardised_filters_ignore_scale_and_mean():
 @pytest.mark.parametrize("peer", peers.PEERS)
 @pytest.mark.parametrize("kind", ["operations", "parameters"])
 def test_matched_peers_cost_what_ours_costs(peer, kind):
-    measure = peers.parameters if kind == "parameters" else lambda model: peers.operations(model)[0]
+    measure = peers.parameters if kind == "parameters" else lambda model: peers.operations(model)
     matched = peers.PEERS[peer][0](peers.matched_width(peer, kind))
     assert abs(measure(matched) / measure(peers.shipped_unet()) - 1) < 0.1
 
@@ -73,8 +71,6 @@ def test_quick_writes_a_complete_table_once(tmp_path, monkeypatch, capsys):
             assert row[mode]["ours_faster"]["best"]["q1"] <= row[mode]["ours_faster"]["best"]["q3"]
     first = table["candidates"][0]
     assert first["train"]["ours_faster"]["best"]["median"] == 1
-    assert first["step_memory"] > 1e6
-    assert table["best_peak"] > 1e9
     monkeypatch.setattr(benchmark, "run_rounds", lambda *_: pytest.fail("measured twice"))
     assert benchmark.main(options) == 0
 

@@ -10,7 +10,6 @@ With --recipe: how long our whole recipe and the Hugging Face notebook's take to
 
 import argparse
 import importlib.metadata
-import math
 import os
 import statistics
 import sys
@@ -28,8 +27,6 @@ from ddpm_tutorial.settings import TEXT, number, whole
 
 from ..common import Table, results_file
 from .measure import (
-    memory_of,
-    peak_tasks,
     reason,
     run_rounds,
     sampling_task,
@@ -44,15 +41,13 @@ LIBRARIES = ("diffusers", "denoising-diffusion-pytorch")
 
 
 # --------------------------------------------------------------------------------------------------- the table
-def make_table(nets: list[Candidate], costs: list, times: dict, failed: dict, peaks: dict, batch_size: int) -> dict:
-    """From seconds a call to rates, ratios and shares of the peak."""
+def make_table(nets: list[Candidate], costs: list, times: dict, failed: dict, batch_size: int) -> dict:
+    """From seconds a call to rates and ratios."""
     rate = {key: [batch_size / wall for wall, _ in runs] for key, runs in times.items()}
     cpu = {key: [used for _, used in runs] for key, runs in times.items()}
-    peak_rates = {n: spread([work / wall for wall, _ in times["peak", n]]) for n, (work, _) in peaks.items()}
-    best_peak = max((p["median"] for p in peak_rates.values()), default=math.nan)
 
     def best(net: Candidate, mode: str) -> tuple | None:
-        keys = [k for k in rate if k[0] == net.name and k[1] == mode]
+        keys = [k for k in rate if k[:2] == (net.name, mode)]
         return max(keys, key=lambda k: statistics.median(rate[k]), default=None)
 
     def ratio(mine: tuple | None, other: tuple | None) -> dict | None:
@@ -63,31 +58,19 @@ def make_table(nets: list[Candidate], costs: list, times: dict, failed: dict, pe
         return {**spread(wall), "by_cpu_time": spread(used)["median"], "settings": [mine[2], other[2]]}
 
     rows = []
-    for net, (forward, training, size) in zip(nets, costs, strict=True):
+    for net, (forward, size) in zip(nets, costs, strict=True):
         row = {
-            "name": net.name, "family": net.family, "kind": net.kind, "parameters": size,
-            "operations_ratio": round(forward / costs[0][0], 4), "parameters_ratio": round(size / costs[0][2], 4),
-            "forward_gflop": round(forward / 1e9, 4), "training_gflop": round(training / 1e9, 4),
+            "name": net.name, "family": net.family, "kind": net.kind, "parameters": size, "gflop": forward / 1e9,
         }  # fmt: skip
-        for mode, work in (("train", training), ("sample", forward)):
-            row[mode] = {}
-            for key in [k for k in (*rate, *failed) if k[:2] == (net.name, mode)]:
-                if key in failed:
-                    row[mode][key[2]] = {"failed": failed[key]}
-                    continue
-                done = spread(rate[key])
-                row[mode][key[2]] = {
-                    "images_per_second": done,
-                    "cpu_seconds_per_image": float(f"{statistics.median(cpu[key]) / batch_size:.4g}"),
-                    "gflop_per_second": round(done["median"] * work / 1e9, 2),
-                    "share_of_peak": round(done["median"] * work / best_peak, 4),
-                }
+        for mode in ("train", "sample"):
+            row[mode] = {key[2]: {"failed": failed[key]} for key in failed if key[:2] == (net.name, mode)}
+            for key in [k for k in rate if k[:2] == (net.name, mode)]:
+                seconds = float(f"{statistics.median(cpu[key]) / batch_size:.4g}")
+                row[mode][key[2]] = {"images_per_second": spread(rate[key]), "cpu_seconds_per_image": seconds}
             eager = ratio((nets[0].name, mode, "eager"), (net.name, mode, "eager"))
             row[mode]["ours_faster"] = {"eager": eager, "best": ratio(best(nets[0], mode), best(net, mode))}
         rows.append(row)
-    return {
-        "summary": [summarise(row) for row in rows], "candidates": rows, "peaks": peak_rates, "best_peak": best_peak,
-    }  # fmt: skip
+    return {"summary": [summarise(row) for row in rows], "candidates": rows}
 
 
 def summarise(row: dict) -> dict:
@@ -102,7 +85,7 @@ def summarise(row: dict) -> dict:
         return ratio and round(ratio["median"], 2)
 
     return {
-        "network": row["name"], "parameters": row["parameters"], "GFLOP": round(row["forward_gflop"], 2),
+        "network": row["name"], "parameters": row["parameters"], "GFLOP": round(row["gflop"], 2),
         "trains": rate("train"), "evaluates": rate("sample"),
         "ours trains": faster("train"), "ours evaluates": faster("sample"),
     }  # fmt: skip
@@ -111,16 +94,12 @@ def summarise(row: dict) -> dict:
 def print_table(result: dict) -> None:
     """The summary: a line a network, images a second and how many times as fast ours is."""
     for row in result["summary"]:
-        print(
-            ", ".join(
-                f"{name} {value:,}" if isinstance(value, int) else f"{name} {value}" for name, value in row.items()
-            )
-        )
+        print(", ".join(f"{name} {value}" for name, value in row.items()))
     for row in result["candidates"]:
         for mode in ("train", "sample"):
             for setting, entry in row[mode].items():
-                if entry and "failed" in entry:
-                    print(f"failed: {row['name']} {mode} {setting}: {entry['failed']}")
+                if "failed" in entry:
+                    print(f"failed: {row['name']}, {mode}, {setting}: {entry['failed']}")
 
 
 def speed_benchmark(
@@ -136,9 +115,8 @@ def speed_benchmark(
     if table.result.get("options", {}).get("rounds") == rounds:
         return
     nets = candidates(quick=quick)
-    costs = [(*operations(model), parameters(model)) for model in (net.build() for net in nets)]
-    peaks = peak_tasks(device, batch_size, tiny)
-    tasks = {("peak", name): lambda call=call: call for name, (_, call) in peaks.items()}
+    costs = [(operations(model), parameters(model)) for model in (net.build() for net in nets)]
+    tasks = {}
     for net in nets:
         for name, way in ways.items():
             for mode, task in (("train", training_task), ("sample", sampling_task)):
@@ -148,16 +126,11 @@ def speed_benchmark(
         "options": {"rounds": 0, "batch_size": batch_size},
         "ways": {name: asdict(way) for name, way in ways.items()},
         "peers": {name: about for name, (_, _, about) in PEERS.items()},
-        "memory": "bytes by which one training step in the fast setting raises the peak: "
-        + ("of allocated GPU memory" if device.type == "cuda" else "resident set of a process that does only that"),
     }
-    memory = memory_of(nets[: 1 if quick else None], ways["fast"], batch_size, device)
 
     def after_round(times: dict, failed: dict) -> None:
-        table.result |= make_table(nets, costs, times, failed, peaks, batch_size)
-        table.result["options"]["rounds"] = len(next(iter(times.values())))
-        for row, value in zip(table.result["candidates"], memory, strict=False):  # quick measures one
-            row["step_memory"] = value
+        table.result |= make_table(nets, costs, times, failed, batch_size)
+        table.result["options"]["rounds"] += 1
         table.write()  # after every round: a run that is stopped leaves what it has
 
     run_rounds(tasks, rounds, device, tiny, after_round, until)

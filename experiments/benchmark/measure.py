@@ -1,13 +1,11 @@
-"""What the benchmark measures, and how: training steps, network evaluations, peaks, memory, in rounds."""
+"""What the benchmark measures, and how: training steps and network evaluations, in rounds."""
 
 import math
-import multiprocessing
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -113,27 +111,6 @@ def sampling_task(candidate: Candidate, setting: Setting, batch_size: int, devic
     return call
 
 
-def peak_tasks(device: torch.device, batch_size: int, quick: bool) -> dict[str, tuple[float, Callable[[], None]]]:
-    """Name → (operations a call, call): matrix products and 3×3 convolutions of several sizes, no gradients."""
-    found = {}
-    dtypes = {"float32": torch.float32} | ({"bfloat16": torch.bfloat16} if device.type == "cuda" else {})
-    sizes = [256] if quick else [4096, 8192] if device.type == "cuda" else [1024, 2048]
-    shapes = [(96, 7)] if quick else [(32, 28), (64, 28), (48, 14), (96, 14), (96, 7), (256, 14)]
-    for dtype_name, dtype in dtypes.items():
-        for n in sizes:
-            a, b = torch.randn(2, n, n, device=device, dtype=dtype)
-            found[f"matmul {n}, {dtype_name}"] = (2 * n**3, lambda a=a, b=b: a @ b)
-        for width, size in shapes:
-            for layout in (torch.contiguous_format, torch.channels_last):
-                conv = nn.Conv2d(width, width, 3, padding=1, device=device, dtype=dtype).requires_grad_(False)
-                conv.to(memory_format=layout)
-                x = torch.randn(batch_size, width, size, size, device=device, dtype=dtype).to(memory_format=layout)
-                label = "channels_last" if layout is torch.channels_last else "contiguous"
-                name = f"conv3×3 {width} channels {size}×{size}, {dtype_name}, {label}"
-                found[name] = (2 * 9 * width**2 * size**2 * batch_size, lambda conv=conv, x=x: conv(x))
-    return found
-
-
 # ------------------------------------------------------------------------------------------------ the rounds
 def synchronise(device: torch.device) -> None:
     if device.type == "cuda":
@@ -171,7 +148,7 @@ def run_rounds(
     ready, failed = {}, {}
     for i, (key, make) in enumerate(tasks.items()):
         note(f"warming up {i + 1}/{len(tasks)}: {' · '.join(key)}")
-        if time.monotonic() > until and key[0] != "peak":  # which are quick, and the others are compared with them
+        if time.monotonic() > until:
             failed[key] = "no time was left"
             continue
         try:
@@ -198,73 +175,3 @@ def spread(values: list[float]) -> dict[str, float]:
     """Median and quartiles, to four digits."""
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
     return {name: float(f"{v:.4g}") for name, v in (("median", middle), ("q1", low), ("q3", high))}
-
-
-# ------------------------------------------------------------------------------------------------------ memory
-def resident_peak(reset: bool = False) -> int:
-    """The largest resident set of this process, in bytes; on Linux since the last reset (proc(5), clear_refs)."""
-    if sys.platform == "linux":
-        if reset:
-            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def step_memory(candidate: Candidate, setting: Setting, batch_size: int, cuda: bool) -> int:
-    """Bytes by which one training step raises the peak. On a CPU: of this process, which does nothing else."""
-    device = torch.device("cuda" if cuda else "cpu")
-    step = training_task(candidate, setting, batch_size, device)
-    if not cuda:
-        before = resident_peak(reset=True)
-        step()
-        return resident_peak() - before
-    step()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def in_fresh_process(function: Callable, *arguments) -> object:
-    """What the function returns in a new process; an exception there, or its death, is raised here as RuntimeError."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(sender, function, *arguments), daemon=True)
-    process.start()
-    sender.close()
-    try:
-        value = receiver.recv()
-    except EOFError:
-        value = RuntimeError("the process that measured it died")
-    process.join()
-    if isinstance(value, RuntimeError):
-        raise value
-    return value
-
-
-def _send(sender, function: Callable, *arguments) -> None:
-    try:
-        value = function(*arguments)
-    except Exception as error:
-        value = RuntimeError(reason(error))
-    sender.send(value)
-
-
-def memory_of(nets: list[Candidate], setting: Setting, batch_size: int, device: torch.device) -> list[int | str]:
-    """``step_memory`` of each, or why there is none."""
-    found = []
-    for net in nets:
-        note(f"memory {len(found) + 1}/{len(nets)}")
-        try:
-            if device.type == "cuda":
-                found.append(step_memory(net, setting, batch_size, True))
-            else:
-                found.append(in_fresh_process(step_memory, net, setting, batch_size, False))
-        except Exception as error:
-            found.append(reason(error))
-    note("")
-    return found

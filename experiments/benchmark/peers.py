@@ -190,19 +190,12 @@ def parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def operations(model: nn.Module) -> tuple[int, int]:
-    """Floating-point operations an image: of a forward pass, and of a training step's forward and backward passes.
-
-    Counted in matrix products, convolutions and attention while one image runs on the CPU (the meta device takes
-    twice as long).
-    """
-    x, t = torch.zeros(1, *IMAGE), torch.ones(1, dtype=torch.long)
-    with FlopCounterMode(display=False) as counter:
-        pred_noise = model(x, t)
-    forward = counter.get_total_flops()
-    with FlopCounterMode(display=False) as counter:
-        pred_noise.sum().backward()
-    return forward, forward + counter.get_total_flops()
+def operations(model: nn.Module) -> int:
+    """Floating-point operations of one evaluation of one image: matrix products, convolutions and attention. Counted on
+    the CPU (the meta device takes twice as long)."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, *IMAGE), torch.ones(1, dtype=torch.long))
+    return counter.get_total_flops()
 
 
 @cache
@@ -213,7 +206,7 @@ def matched_width(peer: str, kind: str) -> int:
     @cache
     def size(width: int) -> int:
         model = make(width) if width else shipped_unet()  # width 0: ours
-        return parameters(model) if kind == "parameters" else operations(model)[0]
+        return parameters(model) if kind == "parameters" else operations(model)
 
     def off(width: int) -> float:
         return abs(math.log(size(width) / size(0)))
