@@ -105,6 +105,9 @@ def load_state(
     belongs to another network, or to one with another diffusion."""
     with _reading_state(folder) as file:
         step, averaged, scale = _counters(file)
+        target = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["target"]
+        if target != model.target:
+            raise ValueError(f"its network gives {target}, and the one given {model.target}")
         # Copies: where a part of the file stayed mapped into memory, Windows would let nobody replace it.
         groups: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
         for name in file.keys():

@@ -83,7 +83,8 @@ def test_failed_write_leaves_the_old_checkpoint(data, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "damage", ["truncated", "nonsense", "another program's", "other network", "other diffusion", "missing"]
+    "damage",
+    ["truncated", "nonsense", "another program's", "other network", "other diffusion", "other target", "missing"],
 )
 def test_damaged_checkpoint_is_refused(data, tmp_path, damage):
     model = new_model()
@@ -99,6 +100,8 @@ def test_damaged_checkpoint_is_refused(data, tmp_path, damage):
         other = new_model(channels=24)
     elif damage == "other diffusion":
         other = new_model(schedule="cosine")
+    elif damage == "other target":
+        other = new_model(target="v")
     else:
         path.unlink()
     kind = FileNotFoundError if damage == "missing" else ValueError
