@@ -22,7 +22,7 @@ EXPERIMENTS = {
     "editing": (editing.main, 5),
     "guidance_sweep": (guidance_sweep.main, 15),
     "ladder": (ladder.main, 180),
-    "ablation": (ablation.main, 120),
+    "ablation": (ablation.main, 90),
     "choices": (choices.main, 130),
     "benchmark": (benchmark.main, 20),
     "recipe": (lambda argv: benchmark.main(["--recipe", *argv]), 15),
