@@ -686,12 +686,15 @@ def test_evaluate_judges_given_samples_beside_real_images(tmp_path):
     assert all(name in printed for name in generated)
 
 
-def test_a_file_sorted_by_class_is_divided_into_balanced_sets(tmp_path, capsys):
+@pytest.mark.parametrize("order", ["by class", "in turn"])
+def test_a_file_is_divided_into_balanced_sets(tmp_path, order):
+    """``sample`` writes the classes in turn: with every other image, a set would have half of them."""
     data = load_fashion_mnist("train", source="sample")
-    order = data.labels[:600].argsort(stable=True)
-    labels = data.labels[order].to(torch.int32)
-    np.savez(tmp_path / "sorted.npz", images=data.images[order].numpy(), labels=labels.numpy())
-    arguments = ["--metric", "samples", "--data", "sample", "--samples", tmp_path / "sorted.npz", "--repeats", 2]
+    chosen = data.labels.argsort(stable=True).view(10, -1)[:, :60]  # 60 of each class
+    chosen = (chosen if order == "by class" else chosen.T).flatten()
+    labels = data.labels[chosen].to(torch.int32)
+    np.savez(tmp_path / "some.npz", images=data.images[chosen].numpy(), labels=labels.numpy())
+    arguments = ["--metric", "samples", "--data", "sample", "--samples", tmp_path / "some.npz", "--repeats", 2]
     assert main([str(a) for a in ("evaluate", *arguments, "--out", tmp_path / "figures.json")]) == 0
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert (figures["num_images"], figures["repeats"]) == (300, 2) and figures["frechet_ratio"] < 3

@@ -94,7 +94,7 @@ def measure_samples(
 ) -> dict:  # fmt: skip
     """The figures of samples beside those of as many real test images.
 
-    ``repeats`` sets of samples are drawn, or made of the given ones, each of every ``repeats``-th; the real ones are
+    ``repeats`` sets of samples are drawn, or made of the given ones, equally many of each class in each; the real ones are
     random subsets of the test set, equally many of each class. Each figure is a mean and a standard deviation over
     the sets (over one set, for the classifier trained on them).
     """
@@ -118,7 +118,8 @@ def measure_samples(
         labels = torch.arange(count) % len(CLASS_NAMES)
         drawn = [(draw_images(model, labels, **options, seed=seed + i), labels) for i in range(repeats)]
     else:
-        sets = [slice(i, repeats * count, repeats) for i in range(repeats)]  # a file sorted by class stays balanced
+        order = labels.argsort(stable=True)  # every set gets as many of each class
+        sets = [order[i::repeats][:count].sort().values for i in range(repeats)]
         drawn = [(images[chosen], labels[chosen]) for chosen in sets]
 
     print(f"judging {repeats} × {count} samples and the real images beside them …", file=sys.stderr)
