@@ -94,9 +94,9 @@ def measure_samples(
 ) -> dict:  # fmt: skip
     """The figures of samples beside those of as many real test images.
 
-    ``repeats`` sets of samples are drawn, or made of the given ones, equally many of each class in each; the real ones are
-    random subsets of the test set, equally many of each class. Each figure is a mean and a standard deviation over
-    the sets (over one set, for the classifier trained on them).
+    ``repeats`` sets of samples are drawn, or made of the given ones; the real ones are random subsets of the test set.
+    Each set has as many of each class as there are. Each figure is a mean and a standard deviation over the sets (over
+    one set, for the classifier trained on them).
     """
     if list(model.class_names) != list(CLASS_NAMES) or model.image_shape != (1, 28, 28):
         raise ValueError("--metric samples knows Fashion-MNIST only: its classifier was trained on those ten classes")
