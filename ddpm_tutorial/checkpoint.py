@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,8 +61,9 @@ def save_checkpoint(state: TrainState, folder: str | Path, info: dict) -> None:
     kept = {"model": state.model.contents()[1], "ema": state.ema.module.contents()[1]}
     kept["optimizer"] = {
         f"{name}.{entry}": torch.as_tensor(value)
-        for name, entries in _moments(state.model, state.optimizers)
-        for entry, value in entries.items()
+        for optimizer, parameters in _moved_by(state.optimizers, state.model)
+        for name, parameter in parameters.items()
+        for entry, value in optimizer.state.get(parameter, {}).items()
     }
     tensors = {
         f"{group}.{name}": value.detach().cpu().contiguous()
@@ -128,13 +128,15 @@ def load_state(
     return step
 
 
-def _moments(model: NoisePredictor, optimizers: list[torch.optim.Optimizer]) -> Iterator[tuple[str, dict]]:
-    """What the optimisers keep of each parameter, by its name."""
+def _moved_by(
+    optimizers: list[torch.optim.Optimizer], model: NoisePredictor
+) -> list[tuple[torch.optim.Optimizer, dict[str, nn.Parameter]]]:
+    """Each optimiser with its parameters, in its order, by their names in the U-Net."""
     names = {parameter: name for name, parameter in model.unet.named_parameters()}
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                yield names[parameter], optimizer.state.get(parameter, {})
+    return [
+        (optimizer, {names[parameter]: parameter for group in optimizer.param_groups for parameter in group["params"]})
+        for optimizer in optimizers
+    ]
 
 
 def _load_moments(
@@ -144,29 +146,25 @@ def _load_moments(
     far: then there is nothing yet."""
     if not kept and may_be_empty:
         return
-    names = {parameter: name for name, parameter in model.unet.named_parameters()}
-    moments = {
-        f"{names[parameter]}.{entry}": parameter
-        for optimizer in optimizers
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        for entry in MOMENTS[type(optimizer)]
-    }
-    if set(kept) != set(moments):
+    moved_by = _moved_by(optimizers, model)
+    expected = {f"{name}.{entry}" for o, parameters in moved_by for name in parameters for entry in MOMENTS[type(o)]}
+    if set(kept) != expected:
         raise ValueError(f"the optimizers' state is not that of {' and '.join(type(o).__name__ for o in optimizers)}")
-    for name, parameter in moments.items():
-        entry = name.rpartition(".")[2]
-        if entry != "step":  # in the parameter's memory layout, which a fused optimizer takes for granted
-            if kept[name].shape != parameter.shape:
-                raise ValueError(f"{name} is {tuple(kept[name].shape)}, its parameter {tuple(parameter.shape)}")
-            kept[name] = torch.empty_like(parameter).copy_(kept[name])
-    for optimizer in optimizers:
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for optimizer, parameters in moved_by:
         state = {
-            index: {entry: kept[f"{names[parameter]}.{entry}"] for entry in MOMENTS[type(optimizer)]}
-            for index, parameter in enumerate(parameters)
+            index: {entry: _laid_out(f"{name}.{entry}", kept, parameter) for entry in MOMENTS[type(optimizer)]}
+            for index, (name, parameter) in enumerate(parameters.items())
         }
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _laid_out(name: str, kept: dict[str, Tensor], parameter: nn.Parameter) -> Tensor:
+    """A moment in its parameter's memory layout, which a fused optimizer takes for granted; a count as it is."""
+    if name.endswith(".step"):
+        return kept[name]
+    if kept[name].shape != parameter.shape:
+        raise ValueError(f"{name} is {tuple(kept[name].shape)}, its parameter {tuple(parameter.shape)}")
+    return torch.empty_like(parameter).copy_(kept[name])
 
 
 def saved_step(folder: str | Path) -> int:

@@ -299,11 +299,12 @@ def check_diffusion(model: Callable, diffusion: GaussianDiffusion) -> None:
 def asking(*models: Callable) -> Callable[[Callable], Callable]:
     """Decorator of a noise model that asks others: it has their diffusion. ValueError where they differ."""
     own = next((model.diffusion for model in models if getattr(model, "diffusion", None) is not None), None)
+    if own is not None:
+        for model in models:
+            check_diffusion(model, own)
 
     def mark(model: Callable) -> Callable:
         model.diffusion = own
         return model
 
-    for model in models if own is not None else ():
-        check_diffusion(model, own)
     return mark
