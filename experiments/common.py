@@ -55,20 +55,32 @@ def run_command(parser: Parser, argv: list[str] | None, run: Callable[..., None]
     """``run(command=…, **options)`` with what is given, else what the file in --out was made with, if that was with the
     same weights, else the ``defaults``. Bad input and damaged files are one line and exit status 2, Ctrl-C is 130."""
     given = vars(parser.parse_args(argv))
-    try:
+
+    def begin_or_go_on() -> None:
         begun = read_result(given["out"]).get("settings", {})
         if begun.get("weights") != fingerprint(given.get("checkpoint", NoisePredictor.shipped)):
             begun = {}
         options = defaults | {name: begun[name] for name in defaults if name in begun} | given
         told = (f"--{name.replace('_', '-')} {options[name]}" for name in defaults)
         run(command=" ".join([parser.prog, *told, "--data SOURCE"]), **options)
-    except KeyboardInterrupt:
+
+    status = outcome(parser.prog, begin_or_go_on, given["out"])
+    if status == 130:
         print(f"stopped; the same command goes on with {given['out']}", file=sys.stderr)
+    return status
+
+
+def outcome(prog: str, run: Callable[[], None], out: Path) -> int:
+    """``run()``, and the exit status of the command ``prog``: 0 with a line on where it wrote, 130 for Ctrl-C, 2 with
+    one line for bad input and damaged files."""
+    try:
+        run()
+    except KeyboardInterrupt:
         return 130
     except (ValueError, OSError) as error:
-        print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    print(f"wrote {given['out']}")
+    print(f"wrote {out}")
     return 0
 
 

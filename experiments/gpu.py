@@ -29,6 +29,7 @@ from . import guidance_sweep, ladder
 from .benchmark.__main__ import speed_benchmark
 from .benchmark.measure import ENDLESS, synchronise
 from .benchmark.peers import shipped_config
+from .common import outcome
 
 UNTIL = {"training": 0.5, "ladder": 0.7, "guidance_sweep": 0.8, "benchmark": 1.0}  # shares of the time
 
@@ -90,15 +91,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--device: no CUDA GPU is found here")
     if args["device"] == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "1"
-    try:
-        run(**args | {"device": torch.device(args["device"])})
-    except KeyboardInterrupt:
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    print(f"wrote {args['out']}")
-    return 0
+    args["device"] = torch.device(args["device"])
+    return outcome(parser.prog, lambda: run(**args), args["out"])
 
 
 if __name__ == "__main__":

@@ -25,15 +25,8 @@ from ddpm_tutorial.command.arguments import Parser
 from ddpm_tutorial.results import RESULTS_FOLDER
 from ddpm_tutorial.settings import TEXT, number, whole
 
-from ..common import Table, results_file
-from .measure import (
-    reason,
-    run_rounds,
-    sampling_task,
-    settings,
-    spread,
-    training_task,
-)
+from ..common import Table, outcome, results_file
+from .measure import run_rounds, sampling_task, settings, spread, training_task
 from .peers import PEERS, Candidate, candidates, operations, parameters, shipped_config
 from .recipe import recipe_benchmark
 
@@ -159,15 +152,8 @@ def main(argv: list[str] | None = None) -> int:
     run = recipe_benchmark if recipe else speed_benchmark
     out = args.pop("out", RESULTS_FOLDER / f"benchmark-{'recipe-' * recipe}{device.type}.json")
     told = [f" --{name} {value}" for name, value in args.items() if name in ("rounds", "seconds")]
-    try:
-        run(command=parser.prog + " --recipe" * recipe + "".join(told), out=out, device=device, **args)
-    except KeyboardInterrupt:
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"{parser.prog}: error: {reason(error)}", file=sys.stderr)
-        return 2
-    print(f"wrote {out}")
-    return 0
+    command = parser.prog + " --recipe" * recipe + "".join(told)
+    return outcome(parser.prog, lambda: run(command=command, out=out, device=device, **args), out)
 
 
 if __name__ == "__main__":
