@@ -11,7 +11,7 @@ export function mix(a, x, b, y) {
   return Float32Array.from(x, (value, i) => a * value + b * y[i]);
 }
 
-export function clamp(x) {
+function clamp(x) {
   return x.map((value) => Math.min(1, Math.max(-1, value)));
 }
 
@@ -97,20 +97,21 @@ export class Diffusion {
 // ------------------------------------------------------------------------------------------ samplers (chapters 5 and 6)
 /* Each is a generator of { t, x_t, pred_x0 }: it has arrived at t with x_t, and saw pred_x0 where the step began. */
 
-export async function* sample_ddpm(model, diffusion, x_T, { start = diffusion.num_timesteps, randn }) {
+export async function* sample_ddpm(model, diffusion, x_T, { start = diffusion.num_timesteps, clip_denoised = true, randn }) {
   let x_t = x_T;
   for (let t = start; t > 0; t--) {
-    const pred_x0 = await predict_x0(model, diffusion, x_t, t);
+    const pred_x0 = await predict_x0(model, diffusion, x_t, t, clip_denoised);
     const [mean, variance] = diffusion.q_posterior(pred_x0, x_t, t);
     x_t = t === 1 ? mean : mix(1, mean, Math.sqrt(variance), randn(mean.length)); // the last step adds no noise
     yield { t: t - 1, x_t, pred_x0 };
   }
 }
 
-export async function* sample_ddim(model, diffusion, x_T, { num_inference_steps = 50, eta = 0, start, randn }) {
+export async function* sample_ddim(model, diffusion, x_T, options) {
+  const { num_inference_steps = 50, eta = 0, clip_denoised = true, start, randn } = options;
   let x_t = x_T;
   for (const [t, t_next] of steps_down(diffusion, num_inference_steps, start)) {
-    const pred_x0 = await predict_x0(model, diffusion, x_t, t); // (6.8), left
+    const pred_x0 = await predict_x0(model, diffusion, x_t, t, clip_denoised); // (6.8), left
     const noise = diffusion.predict_noise(x_t, t, pred_x0);
     const [alpha_bar_t, alpha_bar_next] = [diffusion.alphas_cumprod[t], diffusion.alphas_cumprod[t_next]];
     const variance = ((1 - alpha_bar_next) / (1 - alpha_bar_t)) * (1 - alpha_bar_t / alpha_bar_next);
@@ -121,14 +122,14 @@ export async function* sample_ddim(model, diffusion, x_T, { num_inference_steps 
   }
 }
 
-export async function* sample_heun(model, diffusion, x_T, { num_inference_steps = 25, start }) {
+export async function* sample_heun(model, diffusion, x_T, { num_inference_steps = 25, clip_denoised = true, start }) {
   let x_t = x_T;
   for (const [t, t_next] of steps_down(diffusion, num_inference_steps, start)) {
-    const pred_x0 = await predict_x0(model, diffusion, x_t, t);
+    const pred_x0 = await predict_x0(model, diffusion, x_t, t, clip_denoised);
     const noise = diffusion.predict_noise(x_t, t, pred_x0);
     let arrived = diffusion.q_sample(pred_x0, t_next, noise); // the DDIM step
     if (t_next > 0) {
-      const there = await predict_x0(model, diffusion, arrived, t_next);
+      const there = await predict_x0(model, diffusion, arrived, t_next, clip_denoised);
       const mean_noise = mix(0.5, noise, 0.5, diffusion.predict_noise(arrived, t_next, there)); // (6.18)
       arrived = diffusion.q_sample(diffusion.predict_x0(x_t, t, mean_noise), t_next, mean_noise);
     }
@@ -137,10 +138,10 @@ export async function* sample_heun(model, diffusion, x_T, { num_inference_steps 
   }
 }
 
-export async function* sample_dpmpp_2m(model, diffusion, x_T, { num_inference_steps = 20, start }) {
+export async function* sample_dpmpp_2m(model, diffusion, x_T, { num_inference_steps = 20, clip_denoised = true, start }) {
   let [x_t, last_x0, last_h] = [x_T, null, null];
   for (const [t, t_next] of steps_down(diffusion, num_inference_steps, start)) {
-    const pred_x0 = await predict_x0(model, diffusion, x_t, t);
+    const pred_x0 = await predict_x0(model, diffusion, x_t, t, clip_denoised);
     const h = (Math.log(diffusion.snr(t_next)) - Math.log(diffusion.snr(t))) / 2; // in λ; infinite in the last step
     let aim = pred_x0;
     if (last_x0 && t_next > 0) aim = mix(1 + h / (2 * last_h), pred_x0, -h / (2 * last_h), last_x0); // (6.22)
@@ -161,8 +162,9 @@ function steps_down(diffusion, count, start) {
   return timesteps.map((t, i) => [t, timesteps[i + 1] ?? 0]);
 }
 
-async function predict_x0(model, diffusion, x_t, t) {
-  return clamp(diffusion.predict_x0(x_t, t, await model(x_t, t))); // clipped to [−1, 1]
+async function predict_x0(model, diffusion, x_t, t, clip_denoised) {
+  const pred_x0 = diffusion.predict_x0(x_t, t, await model(x_t, t));
+  return clip_denoised ? clamp(pred_x0) : pred_x0;
 }
 
 /** As Python rounds: a half goes to the even neighbour. */

@@ -86,7 +86,10 @@ export function real_images() {
   return real;
 }
 
-const still = matchMedia("(prefers-reduced-motion: reduce)");
+/** Whether the reader wants no movement. */
+export const still = matchMedia("(prefers-reduced-motion: reduce)");
+
+export const pause = (ms) => new Promise((done) => setTimeout(done, ms));
 
 /** Follow a sampler to its end and return its last step; `see` gets every step, or the last alone where a reader wants no
     movement. At most about 25 pictures a second, so that one can see them. */
@@ -96,12 +99,14 @@ export async function follow(steps, signal, see) {
     signal.throwIfAborted();
     if (still.matches) continue;
     see(last);
-    await new Promise((done) => setTimeout(done, 40));
+    await pause(40);
     signal.throwIfAborted();
   }
   see(last);
   return last;
 }
+
+let ready = false; // the network is here
 
 /** A button that begins `work(signal, net)` and, while it runs, stops it; beside it a bar for what is loading, and a line
     that screen readers announce. `work` returns what that line says at its end. `again()` begins anew, but only once
@@ -118,16 +123,15 @@ export function job(name, work) {
     asked = true;
     press.textContent = "Stop";
     try {
-      status.textContent = "Loading the network …";
-      bar.hidden = false;
+      if (!ready) status.textContent = "Loading the network …";
+      bar.hidden = ready;
       const net = await network((share) => (bar.value = share));
-      bar.hidden = true;
+      bar.hidden = ready = true;
       mine.signal.throwIfAborted();
       status.textContent = "Drawing …";
       const count = { calls: 0, images: 0, ms: 0 };
       const said = await work(mine.signal, counted(net, count));
-      const where = net.processor === "webgpu" ? "graphics card" : "processor";
-      status.textContent = `${said} ${cost(count)} on your ${where}.`;
+      status.textContent = `${said} ${cost(count)} on your ${net.processor}.`;
     } catch (error) {
       if (mine === current && !mine.signal.aborted) status.textContent = `It did not work: ${error.message}.`;
     }

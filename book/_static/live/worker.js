@@ -20,34 +20,40 @@ async function fetched(name, bytes) {
   }
 }
 
-/** The kinds of processor to try. WebGPU needs a WebAssembly that can wait for it (JSPI) in a download of this size. */
-async function processors() {
-  const gpu = "Suspending" in WebAssembly && (await navigator.gpu?.requestAdapter().catch(() => null));
-  return gpu ? ["webgpu", "wasm"] : ["wasm"];
+/** Whether there is a real graphics card, and a WebAssembly that can wait for it (JSPI). */
+async function has_gpu() {
+  const adapter = "Suspending" in WebAssembly && (await navigator.gpu?.requestAdapter().catch(() => null));
+  return Boolean(adapter) && !adapter.info.isFallbackAdapter;
 }
 
 let ort;
 let session;
 
 async function start(about) {
-  for (const processor of await processors()) {
-    const variant = processor === "webgpu" ? "jspi" : "wasm";
-    const binary = `ort-wasm-simd-threaded${variant === "jspi" ? ".jspi" : ""}.wasm`;
-    [loaded, total] = [0, about.bytes[binary] + about.bytes["model.onnx"]];
+  const gpu = await has_gpu();
+  const binary = `ort-wasm-simd-threaded${gpu ? ".jspi" : ""}.wasm`;
+  [loaded, total] = [0, about.bytes[binary] + about.bytes["model.onnx"]];
+  ort = await import(built(`ort.${gpu ? "jspi" : "wasm"}.min.mjs`));
+  ort.env.wasm.numThreads = 1; // more would need headers that static hosting does not send
+  ort.env.wasm.wasmPaths = built("");
+  const [runtime, model] = await Promise.all([binary, "model.onnx"].map((name) => fetched(name, about.bytes[name])));
+  ort.env.wasm.wasmBinary = runtime;
+  const open = (processor) =>
+    ort.InferenceSession.create(model, { executionProviders: [processor], logSeverityLevel: 3 });
+  if (gpu) {
     try {
-      ort = await import(built(`ort.${variant}.min.mjs`));
-      ort.env.logLevel = "error";
-      ort.env.wasm.numThreads = 1; // more would need headers that static hosting does not send
-      ort.env.wasm.wasmPaths = built("");
-      const [runtime, model] = await Promise.all([binary, "model.onnx"].map((name) => fetched(name, about.bytes[name])));
-      ort.env.wasm.wasmBinary = runtime;
-      session = await ort.InferenceSession.create(model, { executionProviders: [processor] });
+      session = await open("webgpu");
       await check(about.probe);
-      return processor;
-    } catch (error) {
-      if (processor === "wasm") throw error; // there is no other
+      const began = performance.now();
+      await check(about.probe);
+      if (performance.now() - began < 100) return "graphics card";
+    } catch {
+      // then the processor does it
     }
   }
+  session = await open("wasm");
+  await check(about.probe);
+  return "processor";
 }
 
 /** A processor whose answer is not PyTorch's is not used. The probe is a picture of sines and the noise in it. */
