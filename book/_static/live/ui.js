@@ -28,10 +28,13 @@ export function button(text, press) {
   return el("button", { type: "button", click: press }, text);
 }
 
+let controls = 0;
+
 /** A labelled slider. `format(value)` is what it says of its value; `move` hears each movement, `settle` the last one. */
 export function slider(text, { min, max, step = 1, value, format = String, move = () => {}, settle = () => {} }) {
-  const said = el("output");
-  const input = el("input", { type: "range", min, max, step, value });
+  const id = `live-${++controls}`;
+  const said = el("output", { for: id });
+  const input = el("input", { type: "range", id, min, max, step, value });
   const say = () => {
     said.textContent = format(input.valueAsNumber);
     input.setAttribute("aria-valuetext", said.textContent);
@@ -39,7 +42,7 @@ export function slider(text, { min, max, step = 1, value, format = String, move 
   input.addEventListener("input", () => (say(), move(input.valueAsNumber)));
   input.addEventListener("change", () => settle(input.valueAsNumber));
   say();
-  const label = el("label", { class: "live-slider" }, el("span", {}, text, " ", said), input);
+  const label = el("div", { class: "live-slider" }, el("div", {}, el("label", { for: id }, text), " ", said), input);
   return { label, get value() { return input.valueAsNumber; }, set value(to) { input.value = to; say(); }, input };
 }
 
@@ -47,7 +50,7 @@ export function slider(text, { min, max, step = 1, value, format = String, move 
 export function choice(text, names, { value = 0, change = () => {} } = {}) {
   const select = el("select", { change: () => change(select.selectedIndex) }, ...names.map((name) => el("option", {}, name)));
   select.selectedIndex = value;
-  const label = el("label", { class: "live-choice" }, el("span", {}, text), select);
+  const label = el("label", {}, el("span", {}, text), select);
   return { label, get value() { return select.selectedIndex; }, set value(to) { select.selectedIndex = to; } };
 }
 
