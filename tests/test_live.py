@@ -1,4 +1,4 @@
-"""The live figures in a real browser: the samplers against PyTorch, step by step, and each figure used as a reader does.
+"""The live figures in a real browser: the samplers against PyTorch, step by step, and each figure used once.
 
 Needs Chromium (as tests/test_site.py), and what ``make test`` installs: onnx, and npm for onnxruntime-web. The figures
 stand on a page of this test's own; tests/test_site.py looks at the pages of the book.
@@ -6,6 +6,7 @@ stand on a page of this test's own; tests/test_site.py looks at the pages of the
 
 import functools
 import http.server
+import importlib
 import math
 import os
 import re
@@ -40,16 +41,20 @@ pytestmark = pytest.mark.skipif(not CHROMIUM and not CI, reason="Chromium is not
 
 
 @pytest.fixture(scope="module")
-def predictor():
+def live():
+    """tools/live.py; skipped where what it imports is not installed."""
+    return importlib.import_module("tools.live") if CI else pytest.importorskip("tools.live", exc_type=ImportError)
+
+
+@pytest.fixture(scope="module")
+def predictor(live):
     """The network as it goes to the browser."""
-    live = pytest.importorskip("tools.live") if not CI else __import__("tools.live").live
     return live.rounded(NoisePredictor.from_pretrained().eval())
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory):
+def address(live, tmp_path_factory):
     """A server of the scripts, of what ``make book`` adds to them, and of one page with every figure."""
-    live = pytest.importorskip("tools.live") if not CI else __import__("tools.live").live
     folder = tmp_path_factory.mktemp("site")
     shutil.copytree(SCRIPTS, folder / "live")
     said = live.build(folder / "live" / "built")
@@ -93,9 +98,9 @@ def page(browser, address):
     context.close()
 
 
-# ------------------------------------------------------------------------------------------ the samplers, against PyTorch
-# Runs a sampler of samplers.js from the noise given: `call` is its line, in which all that PyTorch got has the same name.
-# randn hands out the noise that PyTorch drew, in its order.
+# ---------------------------------------------------------------------------------------- the samplers, against PyTorch
+# Runs a sampler of samplers.js. `call` is the line that calls it; what PyTorch got has the same name there, and randn
+# hands out the noise that PyTorch drew, in its order.
 IN_BROWSER = """async ({ call, drawn, given }) => {
     const js = await import("/live/samplers.js"), { network } = await import("/live/network.js");
     const net = await network();
@@ -187,7 +192,8 @@ def test_painting_is_pytorchs(page, predictor, x_T, draws, loops):
     wanted = list(resample(sampler, predictor.diffusion, x_T, num_loops=loops))
     call = f"""(() => {{
         const masked = keep_known(model([null_label, null_label]), diffusion, known, mask);
-        const sampler = (x_T, start) => sample_ddim(masked, diffusion, x_T, {{ num_inference_steps: 5, eta: 1, start, randn }});
+        const sampler = (x_T, start) =>
+            sample_ddim(masked, diffusion, x_T, {{ num_inference_steps: 5, eta: 1, start, randn }});
         return resample(sampler, diffusion, x_T, {{ num_loops: {loops}, randn }});
     }})()"""
     same_steps(page, wanted, call, draws, x_T=x_T, known=known, mask=mask.float())
@@ -238,15 +244,16 @@ def test_formulas_are_pytorchs(page):
     count = 40_000
     got = page.evaluate(FORMULAS, {"points": flat(points), "count": count})
     for name, betas in got["betas"].items():
-        torch.testing.assert_close(torch.tensor(betas, dtype=torch.float64), SCHEDULES[name](1000), rtol=1e-9, atol=1e-12)
+        betas = torch.tensor(betas, dtype=torch.float64)
+        torch.testing.assert_close(betas, SCHEDULES[name](1000), rtol=1e-9, atol=1e-12)
     assert list(got["betas"]) == list(SCHEDULES)
     diffusion = GaussianDiffusion.from_schedule("linear", 1000)
     mixture = GaussianMixture(torch.tensor([[-1.5, -1.0], [1.5, -1.0], [0.0, 1.6]]), torch.full((3,), 0.2))
     for t, score in zip((1, 300, 1000), got["score"], strict=True):
-        torch.testing.assert_close(torch.tensor(score), mixture.score(diffusion, points, t).flatten(), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(
-        torch.tensor(got["noise"]), mixture.noise_model(diffusion)(points, 300).flatten(), rtol=1e-4, atol=1e-4
-    )
+        exact = mixture.score(diffusion, points, t).flatten()
+        torch.testing.assert_close(torch.tensor(score), exact, rtol=1e-4, atol=1e-4)
+    exact = mixture.noise_model(diffusion)(points, 300).flatten()
+    torch.testing.assert_close(torch.tensor(got["noise"]), exact, rtol=1e-4, atol=1e-4)
     assert got["timesteps"] == [ddim_timesteps(1000, n) for n in (1, 7, 16, 100)]
     assert got["slerp"] == pytest.approx([0.5**0.5, 2**0.5])
     assert abs(got["mean"]) < 4 / count**0.5 and abs(got["square"] - 1) < 4 * (2 / count) ** 0.5 and got["again"]
@@ -295,9 +302,8 @@ def test_nothing_is_loaded_before_it_is_asked_for(browser, address):
     press(figure(page, "draw"), "Draw")
     finished(figure(page, "draw"), "Drawn")
     loaded = [url.rsplit("/", 1)[-1] for url in requests if "/built/" in url]
-    assert sorted(loaded) == sorted(
-        ["images.png", "model.json", "model.onnx", "ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm"]
-    )
+    runtime = ["ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm", "ort.wasm.min.mjs"]
+    assert sorted(loaded) == ["images.png", "model.json", "model.onnx", *runtime]  # each once
     page.close()
 
 
@@ -333,9 +339,8 @@ def test_schedule(page):
     captions = box.locator("figcaption").all_inner_texts()
     for name, caption in zip(SCHEDULES, captions, strict=False):
         abar = GaussianDiffusion.from_schedule(name, 1000).alphas_cumprod[301].item()
-        assert name in caption and f"= {abar:.4f}" in caption and float(caption.split("SNR = ")[1]) == pytest.approx(
-            abar / (1 - abar), rel=5e-3
-        )
+        assert name in caption and f"= {abar:.4f}" in caption
+        assert float(caption.split("SNR = ")[1]) == pytest.approx(abar / (1 - abar), rel=5e-3)
     before = pixels(box, 0)
     slide(box, "t =", "Home")
     assert "∞" in box.locator("figcaption").first.inner_text() and not torch.equal(pixels(box, 0), before)
@@ -430,16 +435,17 @@ def test_strength(page):
     assert (pixels(box, 2) - pixels(box, 0)).abs().float().mean() < far
 
 
-# ------------------------------------------------------------------------------------------------ on every reader's screen
+# --------------------------------------------------------------------------------------------- on every reader's screen
 @pytest.mark.parametrize("width", [320, 390, 768])
 def test_figures_fit_the_screen(page, width):
     page.set_viewport_size({"width": width, "height": 800})
     for name in NAMES:
         figure(page, name)
     assert page.evaluate("() => document.scrollingElement.scrollWidth") <= width
-    script = """() => [...document.querySelectorAll(".live *")].filter((e) => e.getBoundingClientRect().right > innerWidth)
-        .map((e) => e.outerHTML.slice(0, 80))"""
-    assert page.evaluate(script) == []
+    outside = (
+        """all => all.filter(e => e.getBoundingClientRect().right > innerWidth).map(e => e.outerHTML.slice(0, 80))"""
+    )
+    assert page.locator(".live *").evaluate_all(outside) == []
 
 
 def test_every_control_has_a_name_and_every_picture_its_words(page):
@@ -484,5 +490,6 @@ def test_without_scripts_the_still_figure_stays(browser, address):
 
 
 def test_the_book_asks_for_figures_that_there_are():
-    text = "".join(path.read_text(encoding="utf-8") for path in [*(ROOT / "book").glob("*.md"), *(ROOT / "book").glob("*.ipynb")])
+    pages = [*(ROOT / "book").glob("*.md"), *(ROOT / "book").glob("*.ipynb")]
+    text = "".join(path.read_text(encoding="utf-8") for path in pages)
     assert set(re.findall(r'data-live=\\?"(.*?)\\?"', text)) <= set(NAMES)

@@ -60,8 +60,9 @@ def halve(model: onnx.ModelProto) -> None:
         if tensor.data_type == onnx.TensorProto.FLOAT and math.prod(tensor.dims) > 64:
             exact = onnx.numpy_helper.to_array(tensor)
             if np.array_equal(half := exact.astype(np.float16), exact):
-                casts.append(onnx.helper.make_node("Cast", [tensor.name + ".half"], [tensor.name], to=onnx.TensorProto.FLOAT))
-                tensor.CopyFrom(onnx.numpy_helper.from_array(half, tensor.name + ".half"))
+                name, stored = tensor.name, tensor.name + ".half"
+                casts.append(onnx.helper.make_node("Cast", [stored], [name], to=onnx.TensorProto.FLOAT))
+                tensor.CopyFrom(onnx.numpy_helper.from_array(half, stored))
     nodes = [*casts, *model.graph.node]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
@@ -83,14 +84,14 @@ def one_of_each(images: Tensor, labels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def known_answer(predictor: NoisePredictor) -> list[float]:
-    """The predicted noise in a picture of sines, at the first pixels: a browser that computes otherwise is found out."""
+    """The predicted noise in a picture of sines, at its first pixels: what a browser is checked by."""
     x_t = torch.arange(math.prod(predictor.image_shape)).float().sin().view(1, *predictor.image_shape)
     noise = predictor(x_t, torch.tensor([PROBE["t"]]), torch.tensor([PROBE["label"]]))
     return [round(value, 4) for value in noise.flatten()[:100].tolist()]
 
 
 def fetch_runtime() -> None:
-    """Let npm install what package-lock.json names, unless it is there. OSError with npm's own words where it cannot."""
+    """Let npm install what package-lock.json names, unless it is there. OSError in npm's own words where it cannot."""
     lock = json.loads((ROOT / "package-lock.json").read_text(encoding="utf-8"))
     installed = LIBRARY / "package.json"
     wanted = lock["packages"]["node_modules/onnxruntime-web"]["version"]
