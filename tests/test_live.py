@@ -211,14 +211,14 @@ def test_sampler_begins_part_way_as_pytorchs(page, predictor, x_T, draws):
 
 
 def test_16_bits_draw_the_same(predictor, x_T):
-    """What the rounded weights change in a sample is less than a grey level, for nearly every pixel."""
+    """What the rounded weights change in a sample is less than a grey level."""
     exact, labels = NoisePredictor.from_pretrained().eval(), torch.tensor([3, 9])
     first, second = (
         list(sample_ddim(classifier_free(model, labels), model.diffusion, x_T.shape, x_T=x_T, num_inference_steps=20))
         for model in (exact, predictor)
     )
     difference = (first[-1].x_t - second[-1].x_t).abs()
-    assert 0 < difference.mean() < GREY_LEVEL / 4 and difference.max() < 4 * GREY_LEVEL
+    assert 0 < difference.max() < GREY_LEVEL
 
 
 FORMULAS = """async ({ points, count }) => {

@@ -97,7 +97,7 @@ def fetch_runtime() -> None:
     locked = json.loads((ROOT / "package-lock.json").read_text(encoding="utf-8"))
     installed = LIBRARY / "package.json"
     wanted = locked["packages"]["node_modules/onnxruntime-web"]["version"]
-    options = ["--ignore-scripts", "--no-audit", "--no-fund", "--fetch-retries=1"]
+    options = ["--loglevel=error", "--ignore-scripts", "--no-audit", "--no-fund", "--fetch-retries=1"]
     with FileLock(Path(tempfile.gettempdir()) / "ddpm-tutorial-npm.lock"):  # tests run in several processes
         if installed.is_file() and json.loads(installed.read_text(encoding="utf-8"))["version"] == wanted:
             return
