@@ -8,7 +8,8 @@ export default async function strength() {
   const images = await real_images();
   const garment = choice("Real image", CLASS_NAMES, { value: 7, change: () => see() });
   const label = choice("To become", [...CLASS_NAMES, "no label"], { value: 9, change: () => again() });
-  const share = slider("Strength", { min: 0.1, max: 1, step: 0.1, value: 0.6, format: (v) => v.toFixed(1), settle: () => see() });
+  const settle = () => see();
+  const share = slider("Strength", { min: 0.1, max: 1, step: 0.1, value: 0.6, format: (v) => v.toFixed(1), settle });
   const [real, start, now] = [
     picture("real", "The real image", true),
     picture("not drawn yet", "The real image with noise", true),

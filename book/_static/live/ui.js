@@ -133,7 +133,7 @@ export function job(name, work) {
     asked = true;
     press.textContent = "Stop";
     try {
-      if (!ready) status.textContent = "Loading the network …";
+      if (!ready) status.textContent = "Loading the network, 6 to 7 MB, once …";
       bar.hidden = ready;
       const net = await network((share) => (bar.value = share));
       bar.hidden = ready = true;
