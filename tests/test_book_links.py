@@ -25,7 +25,8 @@ As in chapter 2, (2.6a) follows from (1.1), equation 1.1 too; see sections 1.2 a
 |---|---|
 | (1.1) | Chapters 2 and 3 |
 
-Not these: (3.75), (1.10), `(1.1)`, $(1.1)$, [section 2.1](two.ipynb), version 1.1, section 2.10, chapter 20, subsection 2.1.
+Not these: (3.75), (1.10),
+`(1.1)`, $(1.1)$, [section 2.1](two.ipynb), version 1.1, section 2.10, chapter 20, subsection 2.1.
 
 <details><summary>Solution (1.1)</summary>
 
@@ -39,8 +40,9 @@ Folded (2.6a).
 """
 PAPERS = r"""# 3. Papers
 
-Nor these: [Song](https://arxiv.org/abs/2011.13456), section 2.1, and section 1.2 there. DDPM section 2.1. Lin et al. (2023),
-section 2.1. The same, section 2.1 of Nichol. arXiv:2006.11239: section 1.2. But [a link](https://a.org) ends. Section 1.2 is ours.
+Nor these: [Song](https://arxiv.org/abs/2011.13456), section 2.1, and section 1.2 there. DDPM section 2.1.
+Lin et al. (2023), section 2.1. The same, section 2.1 of Nichol. arXiv:2006.11239: section 1.2. But
+[a link](https://a.org) ends. Section 1.2 is ours.
 """
 
 
@@ -100,6 +102,5 @@ def test_sections_of_papers_are_left_alone(site):
 
 def test_no_word_is_lost(site):
     text = re.sub("<.*?>", "", site["three"])
-    for word in "Nor these: Song, section 2.1, and section 1.2 there. DDPM section 2.1. Lin et al. (2023),".split():
-        assert word in text
+    assert "Nor these: Song, section 2.1, and section 1.2 there. DDPM section 2.1." in text
     assert "see sections 1.2 and 2.1, chapter 1 and cell 02-001." in re.sub("<.*?>", "", site["one"])

@@ -98,7 +98,7 @@ def linked(text: str, before: str, link) -> Iterator[nodes.Node]:
             continue
         whole = [found] if found["equation"] else list(re.finditer(NUMBER, text[found.start() : found.end()]))
         for i, number in enumerate(whole):
-            begin, end = (found.span() if found["equation"] else (found.start() + x for x in number.span()))
+            begin, end = found.span() if found["equation"] else (found.start() + x for x in number.span())
             begin = found.start() if i == 0 else begin  # the word belongs to the first link
             if begin > done:
                 yield nodes.Text(text[done:begin])
