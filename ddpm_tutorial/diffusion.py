@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-TARGETS = ("noise", "v", "x_0")  # what a network may learn: one gives the others (chapter 3)
+TARGETS = ("noise", "v", "x_0", "velocity")  # what a network may learn: one gives the others (chapters 3, 10)
 MAX_SQRT_ALPHA_BAR_T = 0.05  # above this, x_T still shows the data and is not the N(0, I) that sampling starts from
 MAX_COUNT = 1_000_000  # of timesteps, channels, …: what is larger is a slip, and would end in torch's words for it
 
@@ -255,6 +255,12 @@ class GaussianDiffusion(nn.Module):
         _same_shape("x_t", x_t, "v", v)
         turned = self.at(self.sqrt_alphas_cumprod, t, x_t) * v
         return self.at(self.sqrt_one_minus_alphas_cumprod, t, x_t) * x_t + turned
+
+    def noise_from_velocity(self, x_t: Tensor, t: int | Tensor, velocity: Tensor) -> Tensor:
+        """ε from the straight path's velocity ε − x_0: (x_t + √ᾱ_t · velocity)/(√ᾱ_t + √(1 − ᾱ_t)). Shapes (B, …)."""
+        _same_shape("x_t", x_t, "velocity", velocity)
+        clean = self.at(self.sqrt_alphas_cumprod, t, x_t)
+        return (x_t + clean * velocity) / (clean + self.at(self.sqrt_one_minus_alphas_cumprod, t, x_t))
 
     def score_from_noise(self, noise: Tensor, t: int | Tensor) -> Tensor:
         """−ε/√(1 − ᾱ_t): ∇ log q(x_t | x_0) for the noise drawn, ∇ log q(x_t) for its mean E[ε | x_t]. (B, …)."""

@@ -22,17 +22,16 @@ def simple_loss(output: Tensor, wanted: Tensor, kind: str = "l2") -> Tensor:
 
 def timestep_probabilities(diffusion: GaussianDiffusion, target: str = "noise") -> Tensor:
     """How often training draws each timestep, (T + 1,), float64; entry 0 is 0, the sum 1. For "noise" and "x_0" all
-    alike (DDPM algorithm 1). For "v" in proportion to φ_t − φ_{t−1}, where x_t = cos φ_t · x_0 + sin φ_t · ε.
+    alike (DDPM algorithm 1). For "v" in proportion to φ_t − φ_{t−1}, where x_t = cos φ_t · x_0 + sin φ_t · ε; for
+    "velocity" to u_t − u_{t−1}, where u_t = √(1 − ᾱ_t)/(√ᾱ_t + √(1 − ᾱ_t)) is the time on the straight path.
     """
     if target not in TARGETS:
         raise ValueError(f"unknown target {target!r}; the known ones are {', '.join(TARGETS)}")
-    if target != "v":
-        shares = torch.ones(diffusion.num_timesteps + 1, dtype=torch.float64)
-        shares[0] = 0
-    else:
-        tables = diffusion.sqrt_one_minus_alphas_cumprod, diffusion.sqrt_alphas_cumprod
-        angle = torch.atan2(*(table.cpu().double() for table in tables))
-        shares = angle.diff(prepend=angle[:1])
+    tables = diffusion.sqrt_one_minus_alphas_cumprod, diffusion.sqrt_alphas_cumprod
+    noise, signal = (table.cpu().double() for table in tables)
+    steps = torch.arange(diffusion.num_timesteps + 1, dtype=torch.float64)
+    time = {"v": torch.atan2(noise, signal), "velocity": noise / (noise + signal)}.get(target, steps)
+    shares = time.diff(prepend=time[:1])
     return shares / shares.sum()
 
 

@@ -3,7 +3,9 @@
 import inspect
 import operator
 import re
+import textwrap
 from collections.abc import Iterable, Sequence
+from importlib.metadata import metadata
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -153,10 +155,13 @@ def save_gif(animation: FuncAnimation, path: str | Path, fps: int = 10) -> None:
 
 
 def show_source(function) -> None:
-    """Show the source of a function or class of the package, highlighted."""
-    from IPython.display import Code, display
+    """Show the source of a function, a class or a method of the package, highlighted, with a link to its file."""
+    from IPython.display import Code, Markdown, display
 
-    display(Code(inspect.getsource(function), language="python"))
+    file = f"{__package__}/{Path(inspect.getsourcefile(function)).name}"
+    repository = metadata(__package__)["Project-URL"].removeprefix("Repository, ")
+    display(Code(textwrap.dedent(inspect.getsource(function)), language="python"))
+    display(Markdown(f"`{function.__qualname__}` in [{file}]({repository}/blob/main/{file})"))
 
 
 def _operation(node: fx.Node, layer: nn.Module | None) -> str:

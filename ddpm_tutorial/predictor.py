@@ -15,7 +15,8 @@ from .unet import UNet
 class NoisePredictor(nn.Module, Pretrained):
     """ε_θ(x_t, t, label): noisy images (B, C, H, W), t (B,), labels (B,) → the predicted noise, same shape.
 
-    ``target`` is what the output of ``unet`` stands for: "noise", "v" or "x_0"; chapter 3's formulas make noise of it.
+    ``target`` is what the output of ``unet`` stands for: "noise", "v", "x_0" or "velocity"; the formulas of chapters
+    3 and 10 make noise of it.
     From v, ε = √(1 − ᾱ_t) x_t + √ᾱ_t v: at large t, where x_t is nearly all noise, only the small rest is left to the
     network. It keeps the ``diffusion`` that it is trained with, so that samplers refuse another, and what it draws:
     ``image_shape`` (C, H, W), 28×28 unless told, and ``class_names``, numbers unless told (() without labels).
@@ -60,12 +61,16 @@ class NoisePredictor(nn.Module, Pretrained):
         """The noise that the network's output stands for. Shapes (B, …), t (B,)."""
         if self.target == "v":
             return self.diffusion.noise_from_v(x_t, t, output)
+        if self.target == "velocity":
+            return self.diffusion.noise_from_velocity(x_t, t, output)
         return output if self.target == "noise" else self.diffusion.predict_noise(x_t, t, output)
 
     def wanted(self, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """What the network's output should be where x_t is x_0 with this noise: what training compares it with."""
         if self.target == "v":
             return self.diffusion.predict_v(x_0, t, noise)
+        if self.target == "velocity":
+            return noise - x_0
         return noise if self.target == "noise" else x_0
 
     # ------------------------------------------------------------------------------------- its two files

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
-TARGETS = ("noise", "v", "x_0")
+TARGETS = ("noise", "v", "x_0", "velocity")
 LOSSES = ("l2", "l1", "huber")
 OPTIMIZERS = ("muon", "adam")
 PRECISIONS = ("no", "bf16", "fp16")
@@ -137,7 +137,8 @@ class RunSettings(Settings):
     unconditional: bool = setting(False, FLAG, "a model without class labels")
     target: str = setting(
         "v", one_of(*TARGETS),
-        "what the network's output stands for: noise or x_0, drawing t uniformly, or v, drawing its angle uniformly",
+        "what the network's output stands for: noise or x_0, drawing t uniformly; v, drawing its angle uniformly; or "
+        "velocity (noise − x_0: flow matching), drawing the straight path's time uniformly",
     )  # fmt: skip
     schedule: str = setting("linear", one_of(*SCHEDULES), "linear, cosine, quadratic or sigmoid")
     num_timesteps: int = setting(1000, whole(1, 100_000), "length of the diffusion")

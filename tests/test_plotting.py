@@ -92,6 +92,16 @@ def test_show_source_shows_the_code(capsys):
     assert "def show_points" in capsys.readouterr().out
 
 
+def test_show_source_takes_off_a_methods_indentation_and_links_to_its_file(monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    show_source(UNet.forward)
+    code, link = shown
+    assert code.data.startswith("def forward(self")
+    assert link.data.startswith("`UNet.forward` in [ddpm_tutorial/unet.py](https://github.com/")
+    assert link.data.endswith("/blob/main/ddpm_tutorial/unet.py)")
+
+
 def test_unknown_quiz_names_the_known_ones():
     with pytest.raises(ValueError, match="no quiz '99'; the chapters with one are 01, 02"):
         show_quiz("99")

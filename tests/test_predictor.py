@@ -50,7 +50,7 @@ def test_what_is_wanted_of_the_network_is_the_noise_again(target, drawn):
     """Training asks for ``wanted``; ``to_noise`` of exactly that is exactly the noise that was drawn."""
     diffusion, t, x_0, noise, signal, sigma = drawn
     model, x_t = predictor(target, diffusion), signal * x_0 + sigma * noise
-    formulas = {"noise": noise, "v": signal * noise - sigma * x_0, "x_0": x_0}  # chapter 3
+    formulas = {"noise": noise, "v": signal * noise - sigma * x_0, "x_0": x_0, "velocity": noise - x_0}
     wanted = model.wanted(x_0, t, noise)
     assert_close(wanted, formulas[target], rtol=0, atol=2e-6)  # the tables are float32
     assert_close(model.to_noise(wanted, x_t, t), noise, rtol=0, atol=2e-5 if target == "x_0" else 2e-6)
@@ -60,6 +60,7 @@ def test_what_is_wanted_of_the_network_is_the_noise_again(target, drawn):
 def test_any_output_becomes_noise_by_the_formulas(target, drawn):
     diffusion, t, output, x_t, signal, sigma = drawn
     formulas = {"noise": output, "v": sigma * x_t + signal * output, "x_0": (x_t - signal * output) / sigma}
+    formulas["velocity"] = (x_t + signal * output) / (signal + sigma)  # chapter 10
     assert_close(predictor(target, diffusion).to_noise(output, x_t, t), formulas[target], rtol=1e-5, atol=2e-6)
 
 
@@ -125,8 +126,8 @@ def test_it_says_what_it_draws():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target": "score"}, "target must be one of noise, v, x_0, got 'score'"),
-        ({"target": []}, r"target must be one of noise, v, x_0, got \[\]"),
+        ({"target": "score"}, "target must be one of noise, v, x_0, velocity, got 'score'"),
+        ({"target": []}, r"target must be one of noise, v, x_0, velocity, got \[\]"),
         ({"image_shape": (3, 28, 28)}, r"image_shape must be \(1, H, W\), as the U-Net's, got \(3, 28, 28\)"),
         ({"image_shape": (1, 28)}, r"image_shape must be \(1, H, W\).*got \(1, 28\)"),
         ({"image_shape": (1, 28, "x")}, r"image_shape\[2\] must be an integer of at least 1.*got 'x'"),
@@ -210,7 +211,7 @@ def rewrite(folder, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda config: config | {"target": "score"}, "target must be one of noise, v, x_0, got 'score'"),
+        (lambda config: config | {"target": "score"}, "target must be one of noise, v, x_0, velocity, got 'score'"),
         (lambda config: config | {"class_names": ["a"]}, "the U-Net has 3 classes, and class_names are 1"),
         (lambda config: config | {"class_names": ["a"] * 3}, "class_names must be texts, no two alike"),
         (lambda config: config | {"class_names": 5}, "not iterable"),

@@ -16,8 +16,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SITE = ROOT / "_build" / "html"
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-CHAPTERS = [f"book/{path.stem}" for path in sorted((ROOT / "book").glob("*.ipynb"))]
-PAGES = [*CHAPTERS, "book/index", "book/notation", "book/references"]
+CHAPTERS = [f"book/{path.stem}" for path in sorted((ROOT / "book").glob("[0-9]*.ipynb"))]
+PAGES = [*CHAPTERS, "book/index", "book/troubleshooting", "book/notation", "book/references"]
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-sync"]
 CI = os.environ.get("CI") == "true"  # there everything is installed, and a skip would hide a fault
 

@@ -39,8 +39,9 @@ def jupyter_book(execution: str) -> list[str]:
     """The command that builds the site; "cache" takes the outputs out of CACHE, "off" the committed ones."""
     config = BUILD / f"_config-{execution}.yml"
     text = (ROOT / "_config.yml").read_text(encoding="utf-8")
-    text = text.replace(": book/_ext", ": ../book/_ext")  # a path in it is relative to the file
-    config.write_text(text.replace("execute_notebooks: force", f'execute_notebooks: "{execution}"'), encoding="utf-8")
+    text = text.replace("execute_notebooks: force", f'execute_notebooks: "{execution}"')
+    text = re.sub(r"(?<=: )(book/_ext|tools)(?=[,}])", r"../\1", text)  # a path in it counts from the file's folder
+    config.write_text(text, encoding="utf-8")
     options = ["-W", "-n", "--keep-going", "--all", "--quiet", "--config", str(config)]
     return [str(BIN / "jupyter-book"), "build", str(ROOT), *options]
 
