@@ -22,7 +22,7 @@ PICTURE = "_static/social.png"  # what a shared link shows
 
 
 def mark(app: Sphinx, doctree: nodes.document) -> None:
-    """Classes for boxes ("**Trap.** …") and captions ("**Figure 2.3.** …"), and the cells of solutions in their folds."""
+    """Classes for boxes ("**Trap.** …") and captions ("**Figure 2.3.** …"); a solution's cells go into its fold."""
     for quote in doctree.findall(nodes.block_quote):
         word = re.match(r"\w+", quote.astext())
         if word and word[0].lower() in BOXES and isinstance(quote[0][0], nodes.strong):
@@ -42,7 +42,9 @@ def mark(app: Sphinx, doctree: nodes.document) -> None:
 def fold_before(cell: nodes.Node) -> nodes.Node | None:
     """The end of the fold that this cell follows, with other text of the solution between them at most."""
     siblings = cell.parent.children[: cell.parent.index(cell)]
-    return next((node for node in reversed(siblings) if isinstance(node, nodes.raw) and "</details>" in node.astext()), None)
+    return next(
+        (node for node in reversed(siblings) if isinstance(node, nodes.raw) and "</details>" in node.astext()), None
+    )
 
 
 def lighter(page: str, folder: Path, root: Path) -> str:
@@ -58,16 +60,24 @@ def lighter(page: str, folder: Path, root: Path) -> str:
     def size(found: re.Match) -> str:
         tag, source = found[0], re.search(r'src="([^":]+)"', found[0])
         path = folder / source[1] if source else None
-        if path and path.suffix in (".png", ".webp") and path.is_file() and " width=" not in tag and "style=" not in tag:
+        if (
+            path
+            and path.suffix in (".png", ".webp")
+            and path.is_file()
+            and " width=" not in tag
+            and "style=" not in tag
+        ):
             width, height = Image.open(path).size
             tag = tag.replace("<img", f'<img width="{width}" height="{height}"', 1)
         return tag if " loading=" in tag else tag.replace("<img", '<img loading="lazy" decoding="async"', 1)
 
     page = re.sub(rf"data:image/(png|webp);base64,((?:[\w+/=]|\\?\s){{{LARGE},}})", to_file, page)
     page = re.sub(r"<img\b[^>]*>", size, page)
-    page = re.sub(r'\s*<link[^>]*fontawesome[^>]*>|\s*<script[^>]*fontawesome[^>]*></script>', "", page)
-    if 'class="math' not in page and "class=\"output text_latex" not in page and "jupyterquiz" not in page:
-        page = re.sub(r"\s*<script>window\.MathJax = .*?</script>|\s*<script[^>]*tex-chtml\.js[^>]*></script>", "", page)
+    page = re.sub(r"\s*<link[^>]*fontawesome[^>]*>|\s*<script[^>]*fontawesome[^>]*></script>", "", page)
+    if 'class="math' not in page and 'class="output text_latex' not in page and "jupyterquiz" not in page:
+        page = re.sub(
+            r"\s*<script>window\.MathJax = .*?</script>|\s*<script[^>]*tex-chtml\.js[^>]*></script>", "", page
+        )
     return page
 
 
@@ -80,7 +90,7 @@ def readable(page: str) -> str:
     theme = "matchMedia('(prefers-color-scheme: dark)').matches ? 'dark' : 'light'"
     page = page.replace('localStorage.getItem("mode") || ""', 'localStorage.getItem("mode") || "auto"')
     page = re.sub(
-        r'document\.documentElement\.dataset\.theme = .*?;',
+        r"document\.documentElement\.dataset\.theme = .*?;",
         f'document.documentElement.dataset.theme = document.documentElement.dataset.mode == "auto" ? ({theme}) : '
         "document.documentElement.dataset.mode;",
         page,
@@ -110,7 +120,9 @@ def described(page: str, address: str, base: str, site: str) -> str:
         for name, value in tags.items()
         if value
     )
-    page = re.sub(r"<title>.*?</title>", lambda _: f"<title>{html.escape(full)}</title>\n{head}", page, count=1, flags=re.DOTALL)
+    page = re.sub(
+        r"<title>.*?</title>", lambda _: f"<title>{html.escape(full)}</title>\n{head}", page, count=1, flags=re.DOTALL
+    )
     return re.sub(r'(<link rel="canonical" href=")[^"]*', lambda found: found[1] + base + address, page)
 
 
@@ -125,6 +137,7 @@ def up(folder: Path, root: Path) -> str:
 
 def moved_to_root(page: str, folder: str) -> str:
     """The HTML of a page of ``folder`` with its links as they are from the folder above."""
+
     def link(found: re.Match) -> str:
         address = found[2]
         if address.startswith(("#", "data:", "javascript:", "mailto:", "/")) or ":" in address.split("/")[0]:
