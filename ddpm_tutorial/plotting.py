@@ -1,19 +1,25 @@
 """Pictures for the notebooks: image grids, strips and animations. Nothing here computes a result."""
 
+import base64
+import hashlib
+import html
 import inspect
+import io
+import math
 import operator
-import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from importlib.metadata import metadata
 from pathlib import Path
+from string import Template
 
 import matplotlib.pyplot as plt
 import torch
 from einops import rearrange
-from matplotlib.animation import FuncAnimation, PillowWriter
+from matplotlib.animation import AbstractMovieWriter, FuncAnimation, PillowWriter
 from matplotlib.patches import FancyArrowPatch
 from matplotlib.path import Path as Line
+from PIL import Image
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.modules.module import register_module_forward_hook
@@ -134,19 +140,70 @@ def animate_points(
     return animation
 
 
-BUTTONS = {
-    "minus": "−", "fast-backward": "⏮", "step-backward": "◂", "play fa-flip-horizontal": "◀", "pause": "❚❚",
-    "play": "▶", "step-forward": "▸", "fast-forward": "⏭", "plus": "+",
-}  # fmt: skip
+class _Frames(AbstractMovieWriter):
+    """Keeps the frames of an animation as pictures."""
+
+    def setup(self, fig: plt.Figure, outfile: str, dpi: float | None = None) -> None:
+        super().setup(fig, outfile, dpi)
+        self.pictures: list[Image.Image] = []
+
+    def grab_frame(self, **_) -> None:
+        pixels = io.BytesIO()
+        self.fig.savefig(pixels, format="rgba", dpi=self.dpi)
+        self.pictures.append(Image.frombytes("RGBA", self.frame_size, pixels.getvalue()))
+
+    def finish(self) -> None:
+        pass
 
 
-def play(animation: FuncAnimation):
-    """The animation with its controls, as HTML that needs no other file and no network (matplotlib's own takes the
-    signs on its buttons from an icon font on the web; here they are characters)."""
+FILM = """<div class="film" id="$id" style="max-width: ${width}px">
+<div style="overflow: hidden; aspect-ratio: $width / $height"><img alt="$alt" src="$source"
+style="display: block; width: ${columns}00%; max-width: none; height: auto; padding: 0"></div>
+<div class="film-controls" style="display: flex; gap: 0.6em"><button type="button">Play</button>
+<input type="range" min="0" max="$last" value="0" aria-label="Picture of the film" style="flex: 1; min-width: 0"></div>
+<script>{
+  const [picture, button, slider] = ["img", "button", "input"].map((name) => document.querySelector("#$id " + name));
+  let timer = 0;
+  const show = () => {
+    const i = +slider.value, x = (i % $columns) / $columns, y = Math.floor(i / $columns) / $rows;
+    picture.style.transform = "translate(" + -100 * x + "%, " + -100 * y + "%)";
+  };
+  const stop = () => { clearInterval(timer); timer = 0; button.textContent = "Play"; };
+  const step = () => { slider.value = +slider.value + 1; show(); if (+slider.value >= $last) stop(); };
+  slider.oninput = () => { stop(); show(); };
+  button.onclick = () => {
+    if (timer) return stop();
+    if (+slider.value >= $last) { slider.value = 0; show(); }
+    timer = setInterval(step, $interval);
+    button.textContent = "Pause";
+  };
+}</script></div>"""
+
+
+def play(animation: FuncAnimation, alt: str = "A film; the text beside it says what it shows"):
+    """The animation with its controls, as HTML that needs no other file and no network. ``alt`` says what it shows.
+
+    All frames are one picture, of which the page shows a part. It moves when it is asked to, not before.
+    """
     from IPython.display import HTML
 
-    html = re.sub(r"<link[^>]*font-awesome[^>]*>", "", animation.to_jshtml(default_mode="once"))
-    return HTML(re.sub(r'<i class="fa fa-([^"]*)"></i>', lambda icon: BUTTONS[icon.group(1)], html))
+    frames = _Frames()
+    animation.save("", writer=frames, dpi=animation._fig.dpi)
+    count, (width, height) = len(frames.pictures), frames.pictures[0].size
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    strip = Image.new("RGBA", (columns * width, rows * height))
+    for i, picture in enumerate(frames.pictures):
+        strip.paste(picture, (i % columns * width, i // columns * height))
+    file = io.BytesIO()
+    strip.save(file, "webp", lossless=True)
+    source = "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
+    return HTML(
+        Template(FILM).substitute(
+            id=f"film-{hashlib.sha256(file.getvalue()).hexdigest()[:12]}", width=width, height=height, columns=columns,
+            rows=rows, alt=html.escape(alt), source=source, last=count - 1, interval=round(animation._interval),
+        )
+    )  # fmt: skip
 
 
 def save_gif(animation: FuncAnimation, path: str | Path, fps: int = 10) -> None:
@@ -224,7 +281,7 @@ def draw_block(block: nn.Module, *inputs: Tensor, axis: plt.Axes | None = None) 
         text = f"{n.target}: {text}" if layer and not n.target.isdigit() else text
         text += "\n" + "×".join(map(str, n.meta["tensor_meta"].shape))
         axis.add_patch(plt.Rectangle((x - 0.5, y - 0.3), 1, 0.6, facecolor=color, edgecolor="#444444"))
-        axis.text(x, y, text, ha="center", va="center", fontsize=8)
+        axis.text(x, y, text, ha="center", va="center", fontsize=8, color="#222222")
         for source in sources[n]:
             u, v, toward = step * column[source], row[source], 0.5 if column[source] > column[n] else -0.5
             if u == x and free(column[n], v - 1, y + 1):  # straight down
@@ -238,7 +295,7 @@ def draw_block(block: nn.Module, *inputs: Tensor, axis: plt.Axes | None = None) 
                 lanes.append(out)
                 lane = u + out + 0.2 * lanes.count(out) * out
                 path = [(u + out, v), (lane, v), (lane, y), (x + (out if u == x else toward), y)]
-            axis.add_patch(FancyArrowPatch(path=Line(path), arrowstyle="->", mutation_scale=10, color="#222222"))
+            axis.add_patch(FancyArrowPatch(path=Line(path), arrowstyle="->", mutation_scale=10, color="#7c7c7c"))
     axis.set(xlim=(step * left - 0.7, step * right + 0.7), ylim=(-0.5, rows - 0.5))
     axis.set_axis_off()
     return axis.figure
@@ -270,9 +327,9 @@ def draw_unet(model: UNet, image_size: int = 28) -> plt.Figure:
 
     def box(x: float, y: float, text: str, color: str, width: float = 0.96) -> None:
         axis.add_patch(plt.Rectangle((x - width / 2, y - 0.3), width, 0.6, facecolor=color, edgecolor="#444444"))
-        axis.text(x, y, text, ha="center", va="center", fontsize=8)
+        axis.text(x, y, text, ha="center", va="center", fontsize=8, color="#222222")
 
-    def arrow(start: tuple[float, float], end: tuple[float, float], color: str = "#222222", style: str = "-") -> None:
+    def arrow(start: tuple[float, float], end: tuple[float, float], color: str = "#7c7c7c", style: str = "-") -> None:
         axis.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": color, "linestyle": style})
 
     image = f"{model.in_channels}×{image_size}×{image_size}"

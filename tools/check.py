@@ -40,8 +40,7 @@ def jupyter_book(execution: str) -> list[str]:
     config = BUILD / f"_config-{execution}.yml"
     text = (ROOT / "_config.yml").read_text(encoding="utf-8")
     text = text.replace("execute_notebooks: force", f'execute_notebooks: "{execution}"')
-    for folder in ("book/_ext", "tools"):  # local_extensions counts from the file's folder
-        text = re.sub(rf": {folder}(?=[,}}])", f": {(ROOT / folder).as_posix()}", text)
+    text = re.sub(r"(?<=: )(book/_ext|tools)(?=[,}])", r"../\1", text)  # a path in it counts from the file's folder
     config.write_text(text, encoding="utf-8")
     options = ["-W", "-n", "--keep-going", "--all", "--quiet", "--config", str(config)]
     return [str(BIN / "jupyter-book"), "build", str(ROOT), *options]
