@@ -91,11 +91,11 @@ def resample(
         x_t, t = step.x_t, step.t
 
 
-def add_noise(diffusion: GaussianDiffusion, x_s: Tensor, s: int, t: int, noise: Tensor) -> Tensor:
-    """From x_s up to x_t in one jump: √(ᾱ_t/ᾱ_s) x_s + √(1 − ᾱ_t/ᾱ_s) ε, the steps s + 1 … t of DDPM eq. 2 together.
-    0 ≤ s ≤ t; with s = 0 it is ``q_sample``. Shapes (B, …)."""
-    if not 0 <= s <= t:
-        raise ValueError(f"noise is added from s up to t, so 0 ≤ s ≤ t; got s = {s} and t = {t}")
+def add_noise(diffusion: GaussianDiffusion, x_earlier: Tensor, earlier: int, t: int, noise: Tensor) -> Tensor:
+    """From x_t' at an ``earlier`` time t' up to x_t in one jump: √(ᾱ_t/ᾱ_t') x_t' + √(1 − ᾱ_t/ᾱ_t') ε, the steps
+    t' + 1 … t of DDPM eq. 2 together. 0 ≤ t' ≤ t; from t' = 0 it is ``q_sample``. Shapes (B, …)."""
+    if not 0 <= earlier <= t:
+        raise ValueError(f"noise is added from an earlier time up to t, so 0 ≤ earlier ≤ t; got {earlier} and t = {t}")
     table = diffusion.alphas_cumprod
-    kept = diffusion.at(table, t, x_s, first=0) / diffusion.at(table, s, x_s, first=0)  # ᾱ_t/ᾱ_s
-    return kept.sqrt() * x_s + (1 - kept).sqrt() * noise
+    kept = diffusion.at(table, t, x_earlier, first=0) / diffusion.at(table, earlier, x_earlier, first=0)  # ᾱ_t/ᾱ_t'
+    return kept.sqrt() * x_earlier + (1 - kept).sqrt() * noise

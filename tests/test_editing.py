@@ -271,7 +271,7 @@ def test_add_noise_is_the_forward_steps_together(diffusion):
         assert add_noise(diffusion, ones, s, t, zeros).item() == pytest.approx(mean, abs=1e-5)
         assert add_noise(diffusion, zeros, s, t, ones).item() == pytest.approx(math.sqrt(variance), abs=1e-4)
     for s, t in ((5, 4), (-1, 4)):
-        with pytest.raises(ValueError, match=f"got s = {s} and t = {t}"):
+        with pytest.raises(ValueError, match=f"got {s} and t = {t}"):
             add_noise(diffusion, ones, s, t, zeros)
 
 
