@@ -109,8 +109,9 @@ def run(
 
     table.fill(row, cost=lambda job: job["allowed"], until=until)
     if "other_seeds" not in table and again in jobs and time.monotonic() < until:
-        drawn = [draw(solver(**again), model, labels, seed + i)[0] for i in range(1, NUM_SEEDS + 1)]
-        figures = spread([sample_figures(look(images, judge), labels, reference, seed) for images in drawn])
+        seeds = range(seed + 1, seed + NUM_SEEDS + 1)
+        drawn = [look(draw(solver(**again), model, labels, own)[0], judge) for own in seeds]
+        figures = spread([sample_figures(seen, labels, reference, own) for seen, own in zip(drawn, seeds, strict=True)])
         table["other_seeds"] = again | {"number": NUM_SEEDS} | figures
 
 
