@@ -8,6 +8,7 @@ from torch.distributions import MultivariateNormal, Normal, kl_divergence
 from torch.testing import assert_close
 
 from ddpm_tutorial.diffusion import GaussianDiffusion
+from ddpm_tutorial.flow import straight_path
 from ddpm_tutorial.toy import GaussianMixture
 
 CHAIN = GaussianDiffusion.from_schedule("linear", 100)
@@ -270,3 +271,46 @@ def test_up_and_down_is_a_step_of_langevin():
     assert abs(down - langevin) < 0.02 * abs(langevin - x - math.sqrt(beta) * e) + beta**1.5
     variance = 1 / 1.7
     assert (1 + beta / 2 * slope) ** 2 * variance + beta == pytest.approx(variance, rel=beta**2 * 2)
+
+
+@pytest.mark.parametrize("u", [0.2, 0.7])
+def test_the_mean_velocity_moves_the_law(u):
+    """(10.2), (10.4) and (10.8), by quadrature over x_0 and ε; V is the mean by Gaussian conditioning."""
+    x_0, noise = (grid.flatten() for grid in torch.meshgrid(*[torch.linspace(-6, 6, 601).double()] * 2, indexing="ij"))
+    weight = mixture_density(x_0, 0) * Normal(0.0, 1.0).log_prob(noise).exp()
+    weight = weight / weight.sum()
+
+    def path(u):
+        return straight_path(x_0[:, None], noise[:, None], torch.full(x_0.shape, u, dtype=torch.float64))[:, 0]
+
+    def mean_velocity(x):
+        variance = (1 - u) ** 2 * MIXTURE.stds**2 + u**2
+        offset = x[:, None] - (1 - u) * MIXTURE.means[:, 0]
+        share = (MIXTURE.weights.log() - 0.5 * (offset**2 / variance + variance.log())).softmax(1)
+        return (share * ((u - (1 - u) * MIXTURE.stds**2) / variance * offset - MIXTURE.means[:, 0])).sum(1)
+
+    assert_close((path(u + 1e-4) - path(u - 1e-4)) / 2e-4, noise - x_0)  # (10.2)
+    x_u, d = path(u), 1e-4
+    by_time = (weight * (path(u + d).sin() - path(u - d).sin())).sum() / (2 * d)  # (10.4), with f = sin
+    for velocity in (noise - x_0, mean_velocity(x_u)):
+        assert_close((weight * x_u.cos() * velocity).sum(), by_time, rtol=1e-4, atol=1e-5)
+    guess = mean_velocity(x_u) + 0.3 * (2 * x_u).sin()
+    loss = (weight * (guess - (noise - x_0)) ** 2).sum()  # (10.8)
+    parts = (guess - mean_velocity(x_u)) ** 2, (noise - x_0 - mean_velocity(x_u)) ** 2
+    assert_close(loss, sum((weight * part).sum() for part in parts), rtol=1e-4, atol=0)
+
+
+def test_an_error_of_the_guess_in_the_other_answers():
+    """(10.12), at one point of the path."""
+    e, t = 1e-3, 40
+    signal, sigma = ABAR[t].sqrt(), (1 - ABAR[t]).sqrt()
+    b, x_0 = signal + sigma, torch.tensor(0.4).double()
+    u, x_u = sigma / b, torch.tensor(-0.3).double()
+
+    def answers(x_0):
+        noise = (x_u - (1 - u) * x_0) / u  # (10.1) turned round
+        return x_0, noise, noise - x_0, signal * noise - sigma * x_0
+
+    expected = e, -(1 - u) / u * e, -e / u, -e / (u * b)
+    for wrong, right, error in zip(answers(x_0 + e), answers(x_0), expected, strict=True):
+        assert_close(wrong - right, torch.as_tensor(error).double(), rtol=1e-6, atol=0)
