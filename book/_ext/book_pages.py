@@ -148,6 +148,16 @@ def moved_to_root(page: str, folder: str) -> str:
     return page.replace('data-content_root="../"', 'data-content_root="./"')
 
 
+def draw_social(path: Path) -> Image.Image:
+    """Samples of the model in the shape that links are shown in."""
+    samples = Image.open(path).convert("L")
+    picture = Image.new("L", (1200, 630))
+    width = 1120
+    samples = samples.resize((width, round(width * samples.height / samples.width)), Image.Resampling.LANCZOS)
+    picture.paste(samples, ((1200 - width) // 2, (630 - samples.height) // 2))
+    return picture
+
+
 def finish(app: Sphinx, error: Exception | None) -> None:
     if error or app.builder.format != "html":
         return
@@ -164,6 +174,7 @@ def finish(app: Sphinx, error: Exception | None) -> None:
             path.write_text(text, encoding="utf-8")
         if path.parent != root:
             addresses.append("" if address == "book/index.html" else address)
+    draw_social(Path(app.srcdir) / "book" / "samples.png").save(root / PICTURE)
     front = (root / "book" / "index.html").read_text(encoding="utf-8")
     (root / "index.html").write_text(moved_to_root(front, "book"), encoding="utf-8")
     entries = "".join(f"<url><loc>{base}{address}</loc></url>\n" for address in sorted(addresses))
