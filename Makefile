@@ -4,9 +4,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 DATA ?= hub
 OUT ?= runs/train
+PORT ?= 8000
 
 .DEFAULT_GOAL := help
-.PHONY: help book test portable train results lab notebooks clean
+.PHONY: help book site test portable train results lab notebooks clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
@@ -22,6 +23,10 @@ help:  ## list the targets
 
 book: .venv/ready  ## run every notebook and build the site
 	@$(BIN)/python tools/check.py book
+
+site: .venv/ready  ## look at the built book (http://127.0.0.1:8000); PORT=... chooses another port
+	@test -d _build/html || $(BIN)/python tools/check.py pages
+	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory _build/html $(PORT)
 
 test: .venv/ready  ## everything that must hold: lint, unit tests, notebooks, the book
 	@$(BIN)/python tools/check.py lint tests notebooks pages site

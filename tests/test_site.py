@@ -1,14 +1,18 @@
-"""The built site in a real browser: formulas, pictures, quizzes, narrow screens, themes, no request to another host.
+"""The built site in a real browser: formulas, pictures, quizzes, every width, both themes, screen readers, weights, no
+request to another host.
 
 Needs ``make book`` and Chromium (found on the PATH, or named by the environment variable CHROMIUM). Each page is opened
 once, and its tests follow each other on it. FONTCONFIG_FILE=$PWD/tests/dejavu.conf hides all fonts but one family.
 """
 
 import functools
+import gzip
 import http.server
 import os
+import re
 import shutil
 import threading
+import xml.etree.ElementTree
 from pathlib import Path
 
 import pytest
@@ -17,7 +21,9 @@ ROOT = Path(__file__).parents[1]
 SITE = ROOT / "_build" / "html"
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 CHAPTERS = [f"book/{path.stem}" for path in sorted((ROOT / "book").glob("[0-9]*.ipynb"))]
-PAGES = [*CHAPTERS, "book/index", "book/troubleshooting", "book/notation", "book/references"]
+NUMBERED = [name for name in CHAPTERS if re.match(r"book/\d", name)]
+PAGES = [*CHAPTERS, *(f"book/{path.stem}" for path in sorted((ROOT / "book").glob("*.md")))]
+AXE = ROOT / "node_modules" / "axe-core" / "axe.min.js"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-sync"]
 CI = os.environ.get("CI") == "true"  # there everything is installed, and a skip would hide a fault
 
@@ -128,14 +134,46 @@ def test_solutions_unfold(page):
 
 
 @on_each(PAGES)
-@pytest.mark.parametrize("width", [320, 390])
-def test_narrow_screen_shows_everything(page, width):
+@pytest.mark.parametrize("width", [320, 390, 768, 1280, 1920])
+def test_page_never_scrolls_sideways(page, width):
     page.set_viewport_size({"width": width, "height": 900})
     page.evaluate("() => document.querySelectorAll('details').forEach(d => d.open = true)")
     text = "() => document.createElement('canvas').getContext('2d').measureText('text').width"
     assert page.evaluate(text) > 5, "without fonts nothing is wide"
     assert page.evaluate("() => document.scrollingElement.scrollWidth") <= width
     assert page.evaluate(CUT_OFF) == []
+
+
+# A line of code of the package has at most 120 characters; a few outputs and formulas are wider than any page.
+CUT = """() => ["div.cell_input pre", ".text_html pre", "div.math"].map(part =>
+    [...document.querySelectorAll(`article ${part}`)].filter(e => e.scrollWidth > e.clientWidth + 1)
+        .map(e => e.textContent.slice(0, 60)))"""
+
+
+@on_each(CHAPTERS)
+@pytest.mark.parametrize("width", [1280, 1440, 1920])
+def test_no_code_and_no_formula_is_cut_on_a_laptop(page, width):
+    page.set_viewport_size({"width": width, "height": 900})
+    page.evaluate("() => document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert page.evaluate(CUT) == [[], [], []]
+
+
+@on_each(PAGES)
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_screen_readers_find_nothing_serious(page, theme):
+    if not AXE.is_file():
+        pytest.skip("axe-core is not installed (npm ci)")
+    page.set_viewport_size({"width": 1280, "height": 900})
+    page.emulate_media(color_scheme=theme)
+    page.wait_for_function("theme => document.documentElement.dataset.theme === theme", arg=theme)
+    page.evaluate(AXE.read_text(encoding="utf-8"))
+    found = page.evaluate("() => axe.run({resultTypes: ['violations']}).then(r => r.violations)")
+    assert [(v["id"], n["html"]) for v in found for n in v["nodes"] if v["impact"] in ("serious", "critical")] == []
+
+
+@on_each(NUMBERED)
+def test_code_and_output_of_a_solution_are_in_its_fold(page):
+    assert page.locator("article .tag_solution").count() == page.locator("article details .tag_solution").count()
 
 
 @on_each(CHAPTERS)
@@ -163,3 +201,47 @@ def test_nothing_fails_and_no_other_host_is_asked(page, address):
 def test_quiz_works_before_mathjax_has_come(page):
     marks_an_answer(page)
     assert page.script_errors == []
+
+
+@pytest.mark.parametrize("name", ["index", *PAGES])
+def test_first_view_is_light(name, address, browser):
+    """What comes before the reader scrolls or presses anything, in kilobytes as a server sends it (gzip)."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    page, sizes = context.new_page(), []
+
+    def count(response):
+        body = response.body() if response.ok and response.url.startswith(address) else b""
+        sizes.append(min(len(body), len(gzip.compress(body))))
+
+    page.on("response", count)
+    page.goto(f"{address}{name}.html", wait_until="networkidle")
+    context.close()
+    assert sum(sizes) < (400_000 if name.endswith("index") else 700_000)
+
+
+def test_search_engines_find_each_page():
+    addresses = [e.text for e in xml.etree.ElementTree.parse(SITE / "sitemap.xml").iter("{*}loc")]
+    assert len(addresses) == len(PAGES) == len(set(addresses))
+    assert addresses[0] + "sitemap.xml" in (SITE / "robots.txt").read_text(encoding="utf-8")
+    assert addresses[0] in (SITE / "404.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["index", *PAGES])
+def test_shared_link_has_title_text_and_picture(name):
+    html = (SITE / f"{name}.html").read_text(encoding="utf-8")
+    for tag in ("og:title", "og:image", "og:url", "twitter:card"):
+        assert html.count(f'="{tag}"') == 1, tag
+    assert len(re.search(r'name="description" content="([^"]*)"', html)[1]) > 60
+    assert (SITE / "_static" / "social.png").is_file()
+
+
+@pytest.mark.parametrize("name", ["index", *PAGES])
+def test_links_within_the_site_lead_somewhere(name):
+    page = SITE / f"{name}.html"
+    html = re.sub(r"<script\b[^>]*>.*?</script>", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for link in set(re.findall(r'(?:href|src)="([^"#:]*)(#[^"]*)?"', html)):
+        address, anchor = link[0].split("?")[0], link[1][1:]
+        target = (page.parent / address).resolve() if address else page
+        assert target.exists(), link
+        if anchor and target.suffix == ".html":
+            assert re.search(rf'id="{re.escape(anchor)}"', target.read_text(encoding="utf-8")), link
