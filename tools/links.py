@@ -1,7 +1,7 @@
 """Ask each address that the book and the README name whether it is still there: python tools/links.py
 
-Prints the dead ones (404 and 410, or no such host) and ends with 1 if there are any. Other answers are no proof: some sites
-turn programs away.
+Prints the dead ones (404 and 410, or no such host) and ends with 1 if there are any. Other answers are no proof: some
+sites turn programs away.
 """
 
 import re
