@@ -47,4 +47,4 @@ notebooks: .venv/ready  ## run all notebooks again, in place
 	@$(BIN)/python tools/run_notebooks.py
 
 clean:  ## remove what the other targets built, but no training run
-	rm -rf .venv _build
+	rm -rf .venv _build node_modules

@@ -99,6 +99,37 @@ def beta_schedule(name: str, num_timesteps: int = 1000) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------- the diffusion itself
+def _checked(betas: Tensor) -> Tensor:
+    betas = betas.cpu() if isinstance(betas, Tensor) else betas  # before float64, which Apple's GPUs do not have
+    betas = torch.as_tensor(betas, dtype=torch.float64)
+    if betas.ndim != 1 or len(betas) < 1:
+        raise ValueError(f"betas must have shape (T,) with T at least 1, got {tuple(betas.shape)}")
+    if not ((betas > 0) & (betas < 1)).all():
+        raise ValueError(
+            f"each beta must lie in (0, 1); got values from {betas.min().item():.4g} to {betas.max().item():.4g}"
+        )
+    return betas
+
+
+def diffusion_tables(betas: Tensor) -> dict[str, Tensor]:
+    """The tables of a ``GaussianDiffusion``, (T + 1,) each, of β_1 … β_T, (T,) float64. Entry 0 is clean data."""
+    betas = torch.cat([torch.zeros(1, dtype=torch.float64), betas])
+    alphas = 1 - betas
+    alphas_cumprod = alphas.cumprod(0)
+    previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])  # ᾱ_{t−1}
+    one_minus = (1 - alphas_cumprod).clamp(min=1e-20)  # entry 0 is never used as a divisor
+    return {
+        "betas": betas,
+        "alphas": alphas,
+        "alphas_cumprod": alphas_cumprod,
+        "sqrt_alphas_cumprod": alphas_cumprod.sqrt(),
+        "sqrt_one_minus_alphas_cumprod": (1 - alphas_cumprod).sqrt(),
+        "posterior_variance": betas * (1 - previous) / one_minus,  # β̃_t, DDPM eq. 7; β̃_1 = 0
+        "posterior_mean_coef_x0": previous.sqrt() * betas / one_minus,
+        "posterior_mean_coef_xt": alphas.sqrt() * (1 - previous) / one_minus,
+    }
+
+
 class GaussianDiffusion(nn.Module):
     """The Gaussian Markov chain x_0 → x_1 → … → x_T given by β_1 … β_T, and its exact conditionals.
 
@@ -109,34 +140,11 @@ class GaussianDiffusion(nn.Module):
 
     def __init__(self, betas: Tensor):
         super().__init__()
-        betas = betas.cpu() if isinstance(betas, Tensor) else betas  # before float64, which Apple's GPUs do not have
-        betas = torch.as_tensor(betas, dtype=torch.float64)
-        if betas.ndim != 1 or len(betas) < 1:
-            raise ValueError(f"betas must have shape (T,) with T at least 1, got {tuple(betas.shape)}")
-        if not ((betas > 0) & (betas < 1)).all():
-            raise ValueError(
-                f"each beta must lie in (0, 1); got values from {betas.min().item():.4g} to {betas.max().item():.4g}"
-            )
-        betas = torch.cat([torch.zeros(1, dtype=torch.float64), betas])  # entry 0 is clean data
-        alphas = 1 - betas
-        alphas_cumprod = alphas.cumprod(0)
-        previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])  # ᾱ_{t−1}
-        one_minus = (1 - alphas_cumprod).clamp(min=1e-20)  # entry 0 is never used as a divisor
-        self.num_timesteps = len(betas) - 1
-        self.exact_betas = betas[1:]  # float64: what a checkpoint keeps, so that a loaded copy is exact
-        tables = {
-            "betas": betas,
-            "alphas": alphas,
-            "alphas_cumprod": alphas_cumprod,
-            "sqrt_alphas_cumprod": alphas_cumprod.sqrt(),
-            "sqrt_one_minus_alphas_cumprod": (1 - alphas_cumprod).sqrt(),
-            "posterior_variance": betas * (1 - previous) / one_minus,  # β̃_t, DDPM eq. 7; β̃_1 = 0
-            "posterior_mean_coef_x0": previous.sqrt() * betas / one_minus,
-            "posterior_mean_coef_xt": alphas.sqrt() * (1 - previous) / one_minus,
-        }
-        for name, table in tables.items():
+        self.exact_betas = _checked(betas)  # float64: what a checkpoint keeps, so that a loaded copy is exact
+        self.num_timesteps = len(self.exact_betas)
+        for name, table in diffusion_tables(self.exact_betas).items():
             self.register_buffer(name, table.float(), persistent=False)
-        if (left := alphas_cumprod[-1].sqrt().item()) > MAX_SQRT_ALPHA_BAR_T:
+        if (left := self.sqrt_alphas_cumprod[-1].item()) > MAX_SQRT_ALPHA_BAR_T:
             warnings.warn(
                 f"this schedule never reaches noise: sqrt(alpha_bar_T) is {left:.3f}, above {MAX_SQRT_ALPHA_BAR_T}. "
                 "Sampling that starts from N(0, I) will be wrong; use larger betas or more steps.",

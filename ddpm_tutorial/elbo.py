@@ -2,7 +2,7 @@
 
 −log p_θ(x_0) ≤ L_T + Σ_{t=2}^{T} L_{t−1} + L_0 (DDPM eq. 5). L_T is ``prior_term``; ``vlb_term`` at t is L_{t−1}, and
 L_0 at t = 1; ``bits_per_dim`` adds them up. Data is 8-bit: float x_0 in [−1, 1], one grey level is 2/255 (as made by
-``data.to_model_range``). One dimension is one number of an image: 784 for 28×28 grey, three a pixel for colour.
+``data.to_model_range``). One dimension is one number of an image: 784 for 28×28 grey, three per pixel for colour.
 """
 
 import math
@@ -90,7 +90,8 @@ def _bits(nats: Tensor) -> Tensor:
 
 
 def prior_term(diffusion: GaussianDiffusion, x_0: Tensor) -> Tensor:
-    """L_T = KL(q(x_T | x_0) ‖ N(0, I)) in bits/dim: what x_T still knows of x_0. x_0 (B, …) → (B,)."""
+    """L_T = KL(q(x_T | x_0) ‖ N(0, I)) in bits/dim: how far x_T is from where sampling starts, and what it still
+    tells of x_0. x_0 (B, …) → (B,)."""
     _check_data(x_0)
     T = diffusion.num_timesteps
     mean = diffusion.sqrt_alphas_cumprod[T] * x_0  # DDPM eq. 4
@@ -173,10 +174,10 @@ def bits_per_dim(
     batch_size: int = 100,
     progress: bool = False,
 ) -> BitsPerDim:
-    """The bound on −log₂ p_θ(x_0) a dimension, with all its terms, of 8-bit images x_0 (B, C, H, W) in [−1, 1].
+    """The bound on −log₂ p_θ(x_0) per dimension, with all its terms, of 8-bit images x_0 (B, C, H, W) in [−1, 1].
 
     Each term draws one x_t, so the total is a random number whose mean is the bound. ``num_steps`` S < T evaluates S
-    timesteps an image: 1 … T is cut into S runs (``timestep_strata``), and each image draws one t from each run. One
+    timesteps per image: 1 … T is cut into S runs (``timestep_strata``), and each image draws one t from each run. One
     evaluation costs the same at any t. ``mean_and_error`` gives the mean over images and its standard error, which
     covers the choice of images, of timesteps, and of noise. Results stay on x_0's device. A model that is bound to
     labels is called on ``batch_size`` images at a time: call this once for each batch.

@@ -1,8 +1,8 @@
-"""Flow matching in this book's notation (chapter 10): the straight path x_u = (1 − u) x_0 + u ε from data (u = 0) to noise
-(u = 1), its velocity, and what turns a flow into a noise model, so that every sampler of chapter 6 takes it.
+"""Flow matching in this book's notation (chapter 10): the straight path x_u = (1 − u) x_0 + u ε from data, u = 0, to
+noise, u = 1; its velocity; and what turns a flow into a noise model, so that the samplers of chapter 6 take it.
 
-Lipman et al., "Flow Matching for Generative Modeling", 2023, arXiv:2210.02747; Liu, Gong, Liu, "Flow Straight and Fast",
-2023, arXiv:2209.03003.
+Lipman et al., "Flow Matching for Generative Modeling", 2023, arXiv:2210.02747; Liu, Gong, Liu, "Flow Straight and
+Fast", 2023, arXiv:2209.03003.
 """
 
 from collections.abc import Callable, Iterator
@@ -42,8 +42,8 @@ def path_times(diffusion: GaussianDiffusion) -> tuple[Tensor, Tensor]:
 
 
 def velocity_of(model: Callable, diffusion: GaussianDiffusion) -> Callable[[Tensor, int], Tensor]:
-    """Any noise model as a velocity field of the straight path: V(x_u, t) = ε − x̂_0 at u = u_t, equation (10.10). It takes
-    points (B, …) of the path and a timestep, an int in 1 … T, and gives (B, …)."""
+    """Any noise model as a velocity field of the straight path: V(x_u, t) = ε − x̂_0 at u = u_t, equation (10.10). It
+    takes points (B, …) of the path and a timestep, an int in 1 … T, and gives (B, …)."""
     _, scale = path_times(diffusion)
 
     def velocity(x_u: Tensor, t: int) -> Tensor:
@@ -77,7 +77,7 @@ def train_flow(
     lr: float = 1e-2,
     generator: torch.Generator | None = None,
 ) -> Iterator[float]:
-    """Flow matching: teach ``velocity(x_u, u)`` the mean of ε − x_0, equation (10.4); yields each step's loss.
+    """Flow matching: teach ``velocity(x_u, u)`` the mean of ε − x_0, equation (10.7); yields each step's loss.
 
     ``pairs(count, generator)`` gives x_0 and noise, (count, …) each: drawn independently, or coupled by a flow that was
     trained before (reflow). u is uniform in [0, 1]. Adam, with a cosine from ``lr`` to 0, as ``toy.train_points``.

@@ -90,7 +90,7 @@ def classifier_guidance(
 # ------------------------------------------------------------------------------- remedies against too much guidance
 def guided_between(low: int, high: int, guided: NoiseModel, otherwise: NoiseModel) -> NoiseModel:
     """``guided`` at the timesteps low < t ≤ high, ``otherwise`` at all others (Kynkäänniemi et al., 2024,
-    arXiv:2404.07724, eq. 5). All of a batch is at one t, as in every sampler."""
+    arXiv:2404.07724). All of a batch is at one t, as in every sampler."""
     if not low < high:
         raise ValueError(f"the interval low < t ≤ high must not be empty, got low = {low}, high = {high}")
 
@@ -104,7 +104,7 @@ def guided_between(low: int, high: int, guided: NoiseModel, otherwise: NoiseMode
 def rescaled(guided: NoiseModel, plain: NoiseModel, diffusion: GaussianDiffusion, strength: float = 0.7) -> NoiseModel:
     """``guided`` with its x_0 brought back towards the spread of ``plain``'s, image by image: x_0 is multiplied by
     strength · std(plain x_0)/std(guided x_0) + 1 − strength (Lin et al., 2023, arXiv:2305.08891, section 3.4).
-    Calls both models."""
+    Calls both models. A factor below 1 draws x_0 towards 0, mid-grey: a black background too."""
     if not 0 <= strength <= 1:
         raise ValueError(f"the strength of rescaling must lie in [0, 1], got {strength}")
     for predict in (guided, plain):

@@ -48,7 +48,7 @@ def weighted_noise_loss(pred_noise: Tensor, noise: Tensor, weight: Tensor) -> Te
     """
     _same_shape(pred_noise, noise)
     if weight.shape != noise.shape[:1]:
-        raise ValueError(f"weight must be ({noise.shape[0]},), one an item, got {tuple(weight.shape)}")
+        raise ValueError(f"weight must be ({noise.shape[0]},), one per item, got {tuple(weight.shape)}")
     return (weight * (pred_noise - noise).square().flatten(1).mean(dim=1)).mean()
 
 

@@ -171,8 +171,9 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
 
 
 def kernel_distance(real: Tensor, generated: Tensor, num_subsets: int = 20, seed: int = 0) -> tuple[float, float]:
-    """Kernel distance (KID: squared MMD, cubic kernel; Bińkowski et al., 2018, arXiv:1801.01401), unbiased for any
-    number of images: its mean and standard deviation over random subsets of up to 1,000 features of (N, D), (M, D).
+    """Kernel distance (KID: squared MMD, cubic kernel; Bińkowski et al., 2018, arXiv:1801.01401): its mean and standard
+    deviation over random subsets of up to 1,000 features of (N, D), (M, D). Unbiased for independent images, whatever
+    their number; sets with as many of each class are not independent, and come out a little too small.
     """
     _check_features(real, generated, least=2)
     size = min(1000, len(real), len(generated))
@@ -202,11 +203,27 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[float
     _check_features(real, generated, least=k + 1)
 
     def inside(points: Tensor, centres: Tensor) -> float:
-        radii = torch.cat([torch.cdist(part, centres).kthvalue(k + 1).values for part in centres.split(1000)])
+        radii = _reach(centres, k)
         within = [(torch.cdist(part, centres) <= radii).any(1) for part in points.split(1000)]
         return torch.cat(within).cpu().double().mean().item()
 
     return inside(generated, real), inside(real, generated)
+
+
+def density_coverage(real: Tensor, generated: Tensor, k: int = 5) -> tuple[float, float]:
+    """Balls around the real features (N, D) only, so that no stray sample has one (Naeem et al., 2020,
+    arXiv:2002.09797, eqs. 4, 6). Density: how many balls a generated feature (M, D) lies in, over k, so that it may
+    exceed 1; coverage: the share of balls that hold a generated feature. Of one law and N = M, 1 and nearly 1 − 1/2ᵏ.
+    """
+    _check_features(real, generated, least=k + 1)
+    radii = _reach(real, k)
+    inside = torch.cat([torch.cdist(part, real) <= radii for part in generated.split(1000)])  # (M, N)
+    return inside.sum().item() / (k * len(generated)), inside.any(0).double().mean().item()
+
+
+def _reach(points: Tensor, k: int) -> Tensor:
+    """The distance of each of the points (N, D) to its k-th nearest neighbour among the others, (N,)."""
+    return torch.cat([torch.cdist(part, points).kthvalue(k + 1).values for part in points.split(1000)])
 
 
 def label_agreement(logits: Tensor, labels: Tensor) -> float:
@@ -217,20 +234,24 @@ def label_agreement(logits: Tensor, labels: Tensor) -> float:
 def sample_figures(seen: Seen, labels: Tensor | None, reference: Seen, seed: int = 0) -> dict[str, float]:
     """Every figure of N images made for ``labels`` (N,), beside ``reference`` images (training images, at least N).
 
-    Distances are to all of the reference; precision and recall to N of them, chosen at random. Without labels, or
-    for a judge with other classes, there is no label agreement.
+    Distances are to all of the reference; precision, recall, density and coverage to N of them, chosen at random: give
+    each set its own ``seed``, and a spread over sets has the reference's share in it. Without labels, or for a judge
+    with other classes, there is no label agreement.
     """
     count = len(seen.features)
     if len(reference.features) < count:
         raise ValueError(f"{count} images need as many for reference, got {len(reference.features)}")
     chosen = torch.randperm(len(reference.features), generator=seeded_generator(seed))[:count]
     precision, recall = precision_recall(reference.features[chosen], seen.features)
+    density, coverage = density_coverage(reference.features[chosen], seen.features)
     figures = {
         "frechet_distance": frechet_distance(reference.features, seen.features),
         "kernel_distance": kernel_distance(reference.features, seen.features, seed=seed)[0],
         "inception_score": inception_score(seen.logits),
         "precision": precision,
         "recall": recall,
+        "density": density,
+        "coverage": coverage,
     }
     return figures if labels is None else figures | {"label_agreement": label_agreement(seen.logits, labels)}
 
@@ -253,18 +274,19 @@ def spread(sets: list[dict[str, float]]) -> dict[str, dict[str, float | None]]:
     }
 
 
-def of_subsets(figures: Callable[[Tensor], dict], labels: Tensor, count: int, seed: int) -> dict:
-    """The ``spread`` of ``figures(indices)`` over random subsets of ``count`` images with these labels, classes alike:
-    the figures of real images, which those of as many samples stand beside. One subset, where it takes all images."""
-    number = REAL_SUBSETS if count < len(labels) else 1
-    return spread([figures(balanced_subset(labels, count, seeded_generator(seed, i))) for i in range(number)])
+def of_subsets(figures: Callable[[Tensor, int], dict], labels: Tensor, count: int, seed: int) -> dict:
+    """The ``spread`` of ``figures(indices, seed)`` over random subsets of ``count`` images with these labels, classes
+    alike, each with another seed: the figures of real images, which those of as many samples stand beside. One subset,
+    where it takes all images."""
+    subsets = range(REAL_SUBSETS if count < len(labels) else 1)
+    return spread([figures(balanced_subset(labels, count, seeded_generator(seed, i)), seed + i) for i in subsets])
 
 
 def real_figures(test: ImageData, reference: Seen, count: int, seed: int = 0, judge: Classifier | None = None) -> dict:
     """``of_subsets`` of what a judge (default: the shipped one) sees in real test images; each image is seen once."""
     held_out = look(test.images, judge)
 
-    def figures(chosen: Tensor) -> dict[str, float]:
+    def figures(chosen: Tensor, seed: int) -> dict[str, float]:
         return sample_figures(Seen(*(seen[chosen] for seen in held_out)), test.labels[chosen], reference, seed)
 
     return of_subsets(figures, test.labels, count, seed)
@@ -294,6 +316,15 @@ def nearest_neighbours(queries: Tensor, images: Tensor) -> tuple[Tensor, Tensor]
     best, which = distances.min(0)
     indices = torch.stack([part.indices + 10_000 * i for i, part in enumerate(found)]).gather(0, which[None])[0]
     return best / flat.shape[1] ** 0.5, indices
+
+
+def nearest_figures(images: Tensor, training_images: Tensor, seed: int = 0) -> dict[str, float]:
+    """How near 1,000 of the uint8 ``images`` (N, C, H, W), chosen at random, come to their nearest training images, in
+    grey levels: the median, and the distance that 1 percent stay below, which shows a model that copies now and then.
+    """
+    chosen = torch.randperm(len(images), generator=seeded_generator(seed))[:1000]
+    distances, _ = nearest_neighbours(images[chosen], training_images)
+    return {"nearest_1_percent": distances.quantile(0.01).item(), "nearest_median": distances.median().item()}
 
 
 def _check_features(real: Tensor, generated: Tensor, least: int) -> None:

@@ -12,11 +12,11 @@ from .settings import TrainConfig
 from .unet import UNet
 
 MUON_MOMENTUM = 0.95
-NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # Jordan's a, b, c: steep at 0, so that five iterations are enough
+NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # Jordan's c₁, c₃, c₅: steep at 0, so five iterations are enough
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum SGD whose step is made orthogonal: W ← W − lr · 0.2 √(longer side) · orthogonal(momentum).
+    """Momentum SGD whose step is made orthogonal: W ← W − lr · 0.2 √(longer side) · orthogonal(momentum), eq. 5.5.
 
     Every direction of a matrix moves as much as every other, where the gradient alone moves a few. A convolution's
     weight (out, in, 3, 3) is the matrix out × (in · 9). The factor gives an entry of the step Adam's usual size, so
@@ -48,13 +48,13 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonal(matrix: Tensor, num_steps: int = 5) -> Tensor:
     """U Vᵀ of the matrix U S Vᵀ, (M, N), nearly: its singular values go to 0.7 … 1.2. Each step of Newton and Schulz
-    takes every singular value s to a s + b s³ + c s⁵, by products of matrices alone."""
-    a, b, c = NEWTON_SCHULZ
+    takes every singular value g to c₁ g + c₃ g³ + c₅ g⁵, by products of matrices alone (eq. 5.6)."""
+    c1, c3, c5 = NEWTON_SCHULZ
     x = matrix / (matrix.norm() + 1e-7)  # no singular value above 1
     wide = x if x.shape[0] <= x.shape[1] else x.mT
     for _ in range(num_steps):
         gram = wide @ wide.mT
-        wide = a * wide + (b * gram + c * gram @ gram) @ wide
+        wide = c1 * wide + (c3 * gram + c5 * gram @ gram) @ wide
     return wide if x.shape[0] <= x.shape[1] else wide.mT
 
 

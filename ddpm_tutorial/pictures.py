@@ -188,7 +188,7 @@ def to_tensor(found: Found, image_size: int | None, channels: int | None) -> Ten
 
     images: list[Tensor] = []
     deep: list[tuple[int, str]] = []  # the highest grey level of each picture of 16 bits, and its name
-    for name, open_picture in tqdm(found.pictures, unit="image", desc="reading", leave=False, disable=None):
+    for name, open_picture in tqdm(found.pictures, unit="image", desc="reading", delay=1, leave=False, disable=None):
         try:
             picture, highest = _plain(open_picture())
         except Exception as error:  # a damaged file makes Pillow raise any kind

@@ -16,10 +16,10 @@ class NoisePredictor(nn.Module, Pretrained):
     """ε_θ(x_t, t, label): noisy images (B, C, H, W), t (B,), labels (B,) → the predicted noise, same shape.
 
     ``target`` is what the output of ``unet`` stands for: "noise", "v", "x_0" or "velocity"; the formulas of chapters
-    3 and 10 make noise of it.
-    From v, ε = √(1 − ᾱ_t) x_t + √ᾱ_t v: at large t, where x_t is nearly all noise, only the small rest is left to the
-    network. It keeps the ``diffusion`` that it is trained with, so that samplers refuse another, and what it draws:
-    ``image_shape`` (C, H, W), 28×28 unless told, and ``class_names``, numbers unless told (() without labels).
+    3 and 10 make noise of it. From v, ε = √(1 − ᾱ_t) x_t + √ᾱ_t v (4.8): at large t, where x_t is nearly all noise,
+    only a rest is left to the network. It keeps the ``diffusion`` that it is trained with, so that samplers refuse
+    another, and what it draws: ``image_shape`` (C, H, W), 28×28 unless told, and ``class_names``, numbers unless told
+    (() without labels).
     """
 
     shipped = SHIPPED_WEIGHTS

@@ -146,7 +146,7 @@ def sample_heun(
 ) -> Iterator[SampleStep]:
     """Heun's method, second order (Karras et al., 2022, arXiv:2206.00364, algorithm 1), on the ODE that DDIM walks:
     d(x/√ᾱ) / dσ̄ = ε_θ with σ̄ = √(1 − ᾱ)/√ᾱ. Each step goes as DDIM does, looks at the noise there, and goes again
-    with the mean of both. Two evaluations a step, one in the last: 2 · num_inference_steps − 1.
+    with the mean of both. Two evaluations per step, one in the last: 2 · num_inference_steps − 1.
     """
     x_t = _start(diffusion, shape, x_T, generator)
     for t, t_next in _steps_down(diffusion, num_inference_steps, start):
@@ -174,10 +174,12 @@ def sample_dpmpp_2m(
     start: int | None = None,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> Iterator[SampleStep]:
-    """DPM-Solver++(2M) (Lu et al., 2022, arXiv:2211.01095, algorithm 2): second order with one evaluation a step.
+    """DPM-Solver++(2M) (Lu et al., 2022, arXiv:2211.01095, algorithm 2): second order with one evaluation per step.
 
     In λ = log(√ᾱ/√(1 − ᾱ)) the ODE is linear but for x_0. A line through this step's and the last step's pred_x0
-    stands for it; the first step, and the last (where λ is infinite), take pred_x0 alone, as DDIM does.
+    stands for it; the first step, and the last (where λ is infinite), take pred_x0 alone, as DDIM does: with one or
+    two steps this is DDIM. The line is followed by at most last_h, so that a ``start`` just above a timestep of the
+    list, whose first step is short, does not multiply the model's errors.
     """
     log_snr = diffusion.snr().cpu().double().log() / 2  # λ_t; infinite at t = 0
     x_t = _start(diffusion, shape, x_T, generator)
@@ -186,7 +188,7 @@ def sample_dpmpp_2m(
         pred_x0 = _predict_x0(model, diffusion, x_t, t, clip_denoised)
         h, aim = (log_snr[t_next] - log_snr[t]).item(), pred_x0
         if last_x0 is not None and t_next > 0:
-            aim = pred_x0 + (pred_x0 - last_x0) * (h / (2 * last_h))
+            aim = pred_x0 + (pred_x0 - last_x0) * min(h / (2 * last_h), 1)
         x_t = diffusion.q_sample(aim, t_next, diffusion.predict_noise(x_t, t, aim))
         last_x0, last_h = pred_x0, h
         yield SampleStep(t_next, x_t, pred_x0)

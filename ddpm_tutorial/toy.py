@@ -13,10 +13,10 @@ from .losses import weighted_noise_loss
 
 
 class GaussianMixture:
-    """Data x_0 ~ Σ_k w_k N(μ_k, s_k² I) in D dimensions; with one component, a Gaussian.
+    """Data x_0 ~ Σ_k w_k N(μ_k, d_k² I) in D dimensions; with one component, a Gaussian.
 
     ``means`` (K, D), ``stds`` (K,) and ``weights`` (K,), which sum to 1. The forward process keeps a mixture a
-    mixture: x_t ~ Σ_k w_k N(√ᾱ_t μ_k, (ᾱ_t s_k² + 1 − ᾱ_t) I), so q(x_t), its score and the best noise predictor
+    mixture: x_t ~ Σ_k w_k N(√ᾱ_t μ_k, (ᾱ_t d_k² + 1 − ᾱ_t) I), so q(x_t), its score and the best noise predictor
     are closed forms. Points are (B, D); ``t`` is an int or (B,).
     """
 
@@ -112,7 +112,7 @@ def gaussian_elbo(mean: float, std: float, diffusion: GaussianDiffusion, varianc
 def mixture_elbo(
     mixture: GaussianMixture, diffusion: GaussianDiffusion, variances: Tensor, limit: float = 6.0, points: int = 1201
 ) -> ExactElbo:
-    """``ExactElbo`` of a 1-D mixture by quadrature on an even grid of ``points`` from −limit to limit.
+    """``ExactElbo`` of a 1-D mixture on an even grid of ``points`` from −limit to limit.
 
     As in ``gaussian_elbo``, p_θ has the exact mean and the given σ_t². p_θ(x_0) comes from T integrals over the grid,
     so the grid's spacing must stay below the smallest σ_t (ValueError).
@@ -171,7 +171,7 @@ def _expected_terms(betas, alpha_bar, previous, variances, x0_variance) -> Tenso
 
 # -------------------------------------------------------------------------------- data sets in the plane
 def spiral(count: int, generator: torch.Generator | None = None, noise: float = 0.04) -> Tensor:
-    """Points on a spiral of one and a half turns plus N(0, noise² I), (count, 2), about unit variance a coordinate."""
+    """Points on a spiral of one and a half turns plus N(0, noise² I), (count, 2), variance about 1 per coordinate."""
     angle = 3 * math.pi * torch.rand(count, generator=generator).sqrt()
     points = torch.stack([angle.cos(), angle.sin()], dim=1) * angle[:, None] / 4.7
     return points + noise * torch.randn(count, 2, generator=generator)
@@ -209,7 +209,7 @@ class PointDenoiser(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         if t.shape != x_t.shape[:1]:
-            raise ValueError(f"t must be ({x_t.shape[0]},), one timestep a point; got {tuple(t.shape)}")
+            raise ValueError(f"t must be ({x_t.shape[0]},), one timestep per point; got {tuple(t.shape)}")
         return self.net(torch.cat([x_t, 2 * t[:, None] / self.num_timesteps - 1], dim=1))  # (B, 3) in
 
 

@@ -18,7 +18,8 @@ HEAD_MAPS, HEAD_CHANNELS = 4, 16  # of the head: maps for each colour that it ge
 
 
 def sinusoidal_embedding(t: Tensor, dim: int, max_period: float = 10_000) -> Tensor:
-    """t (B,) → (B, dim): cosines and sines at dim/2 frequencies, geometric from 1 to 1/max_period radians a step.
+    """t (B,) → (B, dim): cosines and sines at dim/2 frequencies, geometric from 1 to nearly 1/max_period radians
+    per timestep.
 
     Vaswani et al., 2017, arXiv:1706.03762, section 3.5. ``dim`` is even.
     """
@@ -29,7 +30,8 @@ def sinusoidal_embedding(t: Tensor, dim: int, max_period: float = 10_000) -> Ten
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm with up to 32 groups: the most that divides the channels (Wu, He, 2018, arXiv:1803.08494)."""
+    """GroupNorm with the largest power of two up to 32 as groups that divides the channels (Wu, He, 2018,
+    arXiv:1803.08494)."""
     return nn.GroupNorm(math.gcd(32, channels), channels)
 
 
@@ -65,7 +67,8 @@ class ResidualBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """x (B, C, H, W) → same: every position looks at every other, in ``heads`` heads of C / heads channels."""
+    """x (B, C, H, W) → same: every position looks at every other, in ``heads`` heads of C / heads channels (Vaswani et
+    al., 2017, arXiv:1706.03762)."""
 
     def __init__(self, channels: int, heads: int):
         super().__init__()
@@ -134,6 +137,33 @@ class Head(nn.Module):
         return self.conv_out(F.silu(h))
 
 
+def way_down(
+    widths: Sequence[int], heads: Sequence[int], num_res_blocks: int, emb_channels: int
+) -> tuple[nn.ModuleList, nn.ModuleList]:
+    """The stages of each level, the finest first, and what leads from each to the next."""
+    levels, between = nn.ModuleList(), nn.ModuleList()
+    for level, width in enumerate(widths):
+        stages = [Stage(width, width, emb_channels, heads[level]) for _ in range(num_res_blocks)]
+        levels.append(nn.ModuleList(stages))
+        if level + 1 < len(widths):
+            between.append(Downsample(width, widths[level + 1]))
+    return levels, between
+
+
+def way_up(
+    widths: Sequence[int], heads: Sequence[int], num_res_blocks: int, emb_channels: int
+) -> tuple[nn.ModuleList, nn.ModuleList]:
+    """The stages of each level, the coarsest first, and what leads from each to the next. A stage gets twice its
+    width: what comes from below, and the skip connection."""
+    levels, between = nn.ModuleList(), nn.ModuleList()
+    for level, width in reversed(list(enumerate(widths))):
+        stages = [Stage(2 * width, width, emb_channels, heads[level]) for _ in range(num_res_blocks)]
+        levels.append(nn.ModuleList(stages))
+        if level > 0:
+            between.append(Upsample(width, widths[level - 1]))
+    return levels, between
+
+
 class UNet(nn.Module):
     """F(x, t, label): images (B, in_channels, H, W) → as many numbers, same shape. What they mean, and which noise
     belongs to t, it does not know: ``NoisePredictor`` does.
@@ -141,7 +171,7 @@ class UNet(nn.Module):
     H and W must be divisible by ``patch_size`` · 2^(levels − 1), where levels = len(channel_mults).
 
     - ``channels`` · ``channel_mults`` is the width of each level; the resolution halves from level to level.
-    - ``num_res_blocks`` residual blocks a level on the way down, and as many on the way up.
+    - ``num_res_blocks`` residual blocks per level on the way down, and as many on the way up.
     - ``attention_levels``: the levels (0 is the finest) with self-attention, beside the middle one.
     - ``patch_size`` p > 1 folds p×p pixels into channels first (pixel-unshuffle), so nearly all work is at 1/p of the
       size; a ``Head`` ends it at full resolution.
@@ -162,61 +192,31 @@ class UNet(nn.Module):
         num_classes: int | None = None,
     ):
         super().__init__()
-        check_counts(
-            in_channels=in_channels, channels=channels, num_res_blocks=num_res_blocks, num_heads=num_heads,
-            patch_size=patch_size, num_classes=1 if num_classes is None else num_classes,
-        )  # fmt: skip
-        if not isinstance(channel_mults, Sequence) or not channel_mults:
-            raise ValueError(f"channel_mults must be one or more integers, got {channel_mults!r}")
-        check_counts(**{f"channel_mults[{i}]": mult for i, mult in enumerate(channel_mults)})
-        levels = range(max(2, len(channel_mults)))  # the default, (1,), may stay where there is level 0 only
-        if not isinstance(attention_levels, Sequence) or not all(level in levels for level in attention_levels):
-            raise ValueError(f"attention_levels must lie in 0 … {len(channel_mults) - 1}, got {attention_levels!r}")
-        widths = [channels * mult for mult in channel_mults]
-        for width in widths:
-            if width % (2 * num_heads):
-                raise ValueError(
-                    f"each level's width must be divisible by 2 · num_heads = {2 * num_heads}; "
-                    f"channels={channels} with channel_mults={tuple(channel_mults)} gives {width}"
-                )
-        emb_channels = 4 * channels
-        patch_channels = in_channels * patch_size**2
-        self.in_channels, self.channels = in_channels, channels
-        self.patch_size, self.num_classes = patch_size, num_classes
-        self.size_divisor = patch_size * 2 ** (len(widths) - 1)
-        self.config = {
-            "in_channels": in_channels, "channels": channels, "channel_mults": list(channel_mults),
-            "num_res_blocks": num_res_blocks, "attention_levels": list(attention_levels), "num_heads": num_heads,
+        config = {
+            "in_channels": in_channels, "channels": channels, "channel_mults": channel_mults,
+            "num_res_blocks": num_res_blocks, "attention_levels": attention_levels, "num_heads": num_heads,
             "patch_size": patch_size, "num_classes": num_classes,
         }  # fmt: skip
+        _check_config(**config)
+        self.config = config | {"channel_mults": list(channel_mults), "attention_levels": list(attention_levels)}
+        self.in_channels, self.channels = in_channels, channels
+        self.patch_size, self.num_classes = patch_size, num_classes
+        self.size_divisor = patch_size * 2 ** (len(channel_mults) - 1)
+        emb_channels = 4 * channels
+        widths = [channels * mult for mult in channel_mults]
+        heads = [num_heads if level in attention_levels else 0 for level in range(len(widths))]
 
         self.time_mlp = nn.Sequential(
             nn.Linear(channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
         )
         self.label_emb = None if num_classes is None else nn.Embedding(num_classes + 1, emb_channels)
 
-        def heads(level: int) -> int:
-            return num_heads if level in attention_levels else 0
-
-        self.conv_in = nn.Conv2d(patch_channels, widths[0], 3, padding=1)
-        self.down, self.downsample = nn.ModuleList(), nn.ModuleList()
-        for level, width in enumerate(widths):
-            stages = [Stage(width, width, emb_channels, heads(level)) for _ in range(num_res_blocks)]
-            self.down.append(nn.ModuleList(stages))
-            if level + 1 < len(widths):
-                self.downsample.append(Downsample(width, widths[level + 1]))
-
+        self.conv_in = nn.Conv2d(in_channels * patch_size**2, widths[0], 3, padding=1)
+        self.down, self.downsample = way_down(widths, heads, num_res_blocks, emb_channels)
         self.middle = nn.ModuleList(
             [Stage(widths[-1], widths[-1], emb_channels, num_heads), Stage(widths[-1], widths[-1], emb_channels)]
         )
-
-        self.up, self.upsample = nn.ModuleList(), nn.ModuleList()
-        for level, width in reversed(list(enumerate(widths))):
-            stages = [Stage(2 * width, width, emb_channels, heads(level)) for _ in range(num_res_blocks)]
-            self.up.append(nn.ModuleList(stages))
-            if level > 0:
-                self.upsample.append(Upsample(width, widths[level - 1]))
-
+        self.up, self.upsample = way_up(widths, heads, num_res_blocks, emb_channels)
         self.norm_out = group_norm(widths[0])
         if patch_size == 1:
             self.conv_out, self.head = zeroed(nn.Conv2d(widths[0], in_channels, 3, padding=1)), None
@@ -286,6 +286,27 @@ class UNet(nn.Module):
                     f"got {labels.min().item()} … {labels.max().item()}"
                 )
         return t, labels
+
+
+def _check_config(
+    channels: int, channel_mults: Sequence[int], attention_levels: Sequence[int], num_heads: int, num_classes, **counts
+) -> None:
+    """ValueError names an argument of ``UNet`` that is out of range."""
+    check_counts(
+        channels=channels, num_heads=num_heads, num_classes=1 if num_classes is None else num_classes, **counts
+    )
+    if not isinstance(channel_mults, Sequence) or not channel_mults:
+        raise ValueError(f"channel_mults must be one or more integers, got {channel_mults!r}")
+    check_counts(**{f"channel_mults[{i}]": mult for i, mult in enumerate(channel_mults)})
+    levels = range(max(2, len(channel_mults)))  # the default, (1,), may stay where there is level 0 only
+    if not isinstance(attention_levels, Sequence) or not all(level in levels for level in attention_levels):
+        raise ValueError(f"attention_levels must lie in 0 … {len(channel_mults) - 1}, got {attention_levels!r}")
+    for width in (channels * mult for mult in channel_mults):
+        if width % (2 * num_heads):
+            raise ValueError(
+                f"each level's width must be divisible by 2 · num_heads = {2 * num_heads}; "
+                f"channels={channels} with channel_mults={tuple(channel_mults)} gives {width}"
+            )
 
 
 def _one_an_image(name: str, values: Tensor, x_t: Tensor) -> Tensor:

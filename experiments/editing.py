@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ddpm_tutorial.data import ImageData, load_fashion_mnist, seeded_generator, to_model_range, to_uint8
-from ddpm_tutorial.editing import keep_known, resample
+from ddpm_tutorial.editing import keep_known, pull_known, resample
 from ddpm_tutorial.guidance import classifier_free
 from ddpm_tutorial.metrics import Classifier, label_agreement, look
 from ddpm_tutorial.predictor import NoisePredictor
@@ -23,10 +23,10 @@ from ddpm_tutorial.training import processes
 from .common import Table, made_with, run_command, table_parser
 
 DEFAULTS = {"num_images": 100, "seed": 0}
-# with the true label or without, steps, eta, loops
+# with the true label or without, with DPS's pull or without, steps, eta, loops
 COMPLETIONS = [
-    (False, 25, 0.0, 1), (False, 25, 1.0, 1), (False, 25, 1.0, 2), (False, 25, 1.0, 5), (False, 125, 1.0, 1),
-    (True, 25, 1.0, 1), (True, 25, 1.0, 5),
+    (False, False, 25, 0.0, 1), (False, False, 25, 1.0, 1), (False, False, 25, 1.0, 2), (False, False, 25, 1.0, 5),
+    (False, False, 125, 1.0, 1), (False, True, 25, 1.0, 1), (True, False, 25, 1.0, 1), (True, False, 25, 1.0, 5),
 ]  # fmt: skip
 CHANGES = [(0, 3), (7, 9)]  # T-shirt to dress, sneaker to ankle boot
 STRENGTHS = [0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0]
@@ -52,8 +52,10 @@ class Measure:
         error = (x - self.x_0)[..., 14:].square().mean().sqrt().item()
         return {"label_agreement": self.agreement(x, self.labels), "seam": seam, "error": error}
 
-    def completion(self, with_label: bool, steps: int, eta: float, loops: int) -> dict:
+    def completion(self, with_label: bool, pull: bool, steps: int, eta: float, loops: int) -> dict:
         model = classifier_free(self.model, self.labels) if with_label else self.model
+        if pull:
+            model = pull_known(model, self.diffusion, self.x_0, self.mask)
         model = keep_known(model, self.diffusion, self.x_0, self.mask)
         generator, shape = seeded_generator(self.seed, 1, device=self.x_0.device), self.x_0.shape
         sampler = partial(
@@ -79,7 +81,7 @@ class Measure:
 
 def jobs() -> list[dict]:
     """What each row is about: the name of a method of ``Measure`` as "kind", and its arguments."""
-    names = ("with_label", "steps", "eta", "loops")
+    names = ("with_label", "pull", "steps", "eta", "loops")
     completions = [{"kind": "completion"} | dict(zip(names, values, strict=True)) for values in COMPLETIONS]
     changes = [{"kind": "change", "old": old, "new": new, "strength": s} for old, new in CHANGES for s in STRENGTHS]
     return completions + changes

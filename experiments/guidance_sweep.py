@@ -126,7 +126,7 @@ def run(
     reference, labels = look(train.images, judge.to(model.device)), torch.arange(num_images) % 10
     if "real" not in table:
 
-        def figures_of(chosen: Tensor) -> dict[str, float]:
+        def figures_of(chosen: Tensor, seed: int) -> dict[str, float]:
             return figures(test.images[chosen], test.labels[chosen], judge, reference, seed)
 
         table["real"] = of_subsets(figures_of, test.labels, num_images, seed)

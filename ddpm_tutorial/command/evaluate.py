@@ -17,7 +17,7 @@ from ..metrics import (
     accuracy_trained_on,
     balanced_subset,
     look,
-    nearest_neighbours,
+    nearest_figures,
     of_subsets,
     sample_figures,
     spread,
@@ -125,13 +125,14 @@ def measure_samples(
     print(f"judging {repeats} × {count} samples and the real images beside them …", file=sys.stderr)
     reference = look(train.images, judge)
 
-    def measure(images: Tensor, labels: Tensor) -> dict[str, float]:
-        distances, _ = nearest_neighbours(images[:1000], train.images)
+    def measure(images: Tensor, labels: Tensor, seed: int) -> dict[str, float]:
         figures = sample_figures(look(images, judge), labels if features == "own" else None, reference, seed)
-        return figures | {"nearest_training_image": distances.median().item()}
+        return figures | nearest_figures(images, train.images, seed)
 
-    generated = spread([measure(*images_and_labels) for images_and_labels in drawn])
-    real = of_subsets(lambda chosen: measure(test.images[chosen], test.labels[chosen]), test.labels, count, seed)
+    generated = spread([measure(*images_and_labels, seed + i) for i, images_and_labels in enumerate(drawn)])
+    real = of_subsets(
+        lambda chosen, seed: measure(test.images[chosen], test.labels[chosen], seed), test.labels, count, seed
+    )
     others = balanced_subset(train.labels, count, seeded_generator(seed, 0))
     for figures, images, labels in (generated, *drawn[0]), (real, train.images[others], train.labels[others]):
         accuracy = accuracy_trained_on(images, labels, test.images, test.labels)

@@ -8,8 +8,9 @@ const KEPT = 6; // pictures of earlier settings
 
 export default function ddim() {
   const garment = choice("Garment", CLASS_NAMES, { value: 8, change: () => renew() });
-  const steps = slider("Steps", { min: 0, max: COUNTS.length - 1, value: 5, format: (i) => COUNTS[i], settle: () => again() });
-  const eta = slider("η =", { min: 0, max: 1, step: 0.1, value: 0, format: (v) => v.toFixed(1), settle: () => again() });
+  const settle = () => again();
+  const steps = slider("Steps", { min: 0, max: COUNTS.length - 1, value: 5, format: (i) => COUNTS[i], settle });
+  const eta = slider("η =", { min: 0, max: 1, step: 0.1, value: 0, format: (v) => v.toFixed(1), settle });
   const start = picture("<i>x<sub>T</sub></i>", "The noise that all of these begin with", true);
   const now = picture("not drawn yet", "What the sampler makes of it", true);
   const earlier = pictures();

@@ -22,16 +22,21 @@ export default function draw() {
 
   const { press, bar, status } = job("Draw", async (signal, { for_labels, diffusion }) => {
     back.input.disabled = true;
+    back.input.max = STEPS;
     const x_T = generator(new_seed())(SIZE);
     const drawn = [{ t: 1000, x_t: x_T, pred_x0: new Float32Array(SIZE) }];
     const model = for_labels([garment.value]);
     const steps = sample_ddim(model, diffusion, x_T, { num_inference_steps: STEPS });
-    await follow(kept(steps, drawn), signal, (step) => {
-      see(step);
-      back.value = drawn.length - 1;
-    });
-    frames = drawn;
-    back.input.disabled = false;
+    try {
+      await follow(kept(steps, drawn), signal, (step) => {
+        see(step);
+        back.value = drawn.length - 1;
+      });
+    } finally {
+      frames = drawn; // one can look back at a drawing that was stopped, too
+      back.input.max = drawn.length - 1;
+      back.input.disabled = false;
+    }
     return `Drawn: ${CLASS_NAMES[garment.value]}.`;
   });
   return [
@@ -40,8 +45,8 @@ export default function draw() {
     status,
     row(back.label),
     explain(`The network of this book, in your browser. In each of ${STEPS} steps it says how much of the left image is
-      noise; without that noise the right image is left (6.8), and a little of the way there is gone. It is loaded once,
-      about 6 MB, when you press the button.`),
+      noise; without that noise the right image is left (6.8), and a little of the way there is gone. It is loaded
+      when you press the button, once.`),
   ];
 }
 

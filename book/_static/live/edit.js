@@ -79,7 +79,6 @@ export default async function edit() {
   });
 
   fill(MASKS["Lower half"]);
-  done.show(new Float32Array(SIZE));
   const presets = Object.entries(MASKS).map(([name, missing]) => button(name, () => fill(missing)));
   return [
     row(garment.label, press, bar),

@@ -5,7 +5,7 @@ import { Diffusion } from "./samplers.js";
 const here = (name) => new URL(name, import.meta.url);
 let loading;
 
-/** { model(x_t, t, labels), diffusion, null_label, processor, bytes }; `progress(share)` hears how much has come. */
+/** { model(x_t, t, labels), diffusion, null_label, processor }; `progress(share)` hears how much of it has come. */
 export function network(progress = () => {}) {
   loading ??= { listeners: new Set() };
   loading.listeners.add(progress);
@@ -16,8 +16,8 @@ export function network(progress = () => {}) {
   return loading.result;
 }
 
-/** What tools/live.py wrote beside the network: names of the classes, betas, sizes of the files, a known answer. */
-export async function about() {
+/** What tools/live.py wrote beside the network: names of the classes, β_1 … β_T, sizes of the files, a known answer. */
+async function about() {
   const response = await fetch(here("built/model.json"));
   if (!response.ok) throw new Error("this copy of the book was built without the network");
   return response.json();
@@ -48,7 +48,6 @@ async function start(listeners) {
   });
   return {
     processor,
-    class_names: told.class_names,
     null_label: told.class_names.length,
     diffusion: new Diffusion(told.betas),
     model: (x_t, t, labels) =>

@@ -47,7 +47,9 @@ export default async function schedule() {
     row(garment.label, renew),
     row(time.label),
     pictures(...tiles.map((tile) => tile.figure)),
-    pictures(...plots.map(({ canvas, says }) => el("figure", { class: "live-wide" }, canvas, el("figcaption", { html: says })))),
+    pictures(
+      ...plots.map(({ canvas, says }) => el("figure", { class: "live-wide" }, canvas, el("figcaption", { html: says }))),
+    ),
     explain(`One jump (1.5) for each schedule, always with the same noise:
       <i>x<sub>t</sub></i> = √ᾱ<sub>t</sub> <i>x</i><sub>0</sub> + √(1 − ᾱ<sub>t</sub>) ε. The signal-to-noise ratio is
       ᾱ<sub>t</sub> / (1 − ᾱ<sub>t</sub>).`),

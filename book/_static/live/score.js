@@ -87,7 +87,8 @@ export default function score() {
       const [dx, dy] = eps[i].map((value) => (-value / length) * Math.min(length, 3) * 0.11); // −ε, as the score points
       const [ex, ey] = [px + dx, py + dy];
       line([[px, py], [ex, ey]]);
-      line([[ex - 0.35 * dx - 0.2 * dy, ey - 0.35 * dy + 0.2 * dx], [ex, ey], [ex - 0.35 * dx + 0.2 * dy, ey - 0.35 * dy - 0.2 * dx]]);
+      const [bx, by] = [ex - 0.35 * dx, ey - 0.35 * dy];
+      line([[bx - 0.2 * dy, by + 0.2 * dx], [ex, ey], [bx + 0.2 * dy, by - 0.2 * dx]]);
     });
     [pen.strokeStyle, pen.fillStyle, pen.lineWidth] = [page.accent, page.accent, 3];
     line(path.map(({ x_t }) => x_t));

@@ -5,7 +5,8 @@ import { CLASS_NAMES, SIZE, button, choice, explain, follow, job, new_seed, pict
 
 export default function slerp() {
   const garment = choice("Garment", CLASS_NAMES, { value: 3, change: () => again() });
-  const weight = slider("w =", { min: 0, max: 1, step: 0.05, value: 0.5, format: (v) => v.toFixed(2), settle: () => again() });
+  const settle = () => again();
+  const weight = slider("w =", { min: 0, max: 1, step: 0.05, value: 0.5, format: (v) => v.toFixed(2), settle });
   const [a, middle, b] = [
     picture("noise <i>a</i>", "Drawn from noise a", true),
     picture("between", "Drawn from the noise between a and b", true),

@@ -8,10 +8,11 @@ export default async function strength() {
   const images = await real_images();
   const garment = choice("Real image", CLASS_NAMES, { value: 7, change: () => see() });
   const label = choice("To become", [...CLASS_NAMES, "no label"], { value: 9, change: () => again() });
-  const share = slider("Strength", { min: 0.1, max: 1, step: 0.1, value: 0.6, format: (v) => v.toFixed(1), settle: () => see() });
+  const settle = () => see();
+  const share = slider("Strength", { min: 0.1, max: 1, step: 0.1, value: 0.6, format: (v) => v.toFixed(1), settle });
   const [real, start, now] = [
     picture("real", "The real image", true),
-    picture("", "The real image with noise", true),
+    picture("not drawn yet", "The real image with noise", true),
     picture("not drawn yet", "What the sampler makes of it", true),
   ];
   let noise;
@@ -21,6 +22,7 @@ export default async function strength() {
     const guided = classifier_free(model, [label.value], null_label, label.value === null_label ? 1 : 2);
     const x_start = diffusion.q_sample(images[garment.value], start_at(), noise); // (9.15)
     start.show(x_start);
+    start.caption.innerHTML = `<i>x<sub>t</sub></i>, <i>t</i> = ${start_at()}`;
     const steps = sample_ddim(guided, diffusion, x_start, { num_inference_steps: 20, start: start_at() });
     await follow(steps, signal, ({ t, x_t }) => {
       now.show(x_t);
@@ -31,7 +33,6 @@ export default async function strength() {
 
   function see() {
     real.show(images[garment.value]);
-    start.caption.innerHTML = `<i>x<sub>t</sub></i>, <i>t</i> = ${start_at()}`;
     again();
   }
   function renew() {
@@ -39,8 +40,6 @@ export default async function strength() {
     see();
   }
   renew();
-  start.show(noise);
-  now.show(new Float32Array(SIZE));
   return [
     row(garment.label, label.label),
     row(share.label),

@@ -22,7 +22,12 @@ export function el(tag, attributes = {}, ...children) {
 
 export const row = (...children) => el("div", { class: "live-row" }, ...children);
 export const pictures = (...children) => el("div", { class: "live-pictures" }, ...children);
-export const explain = (html) => el("p", { class: "live-explain", html });
+
+/** What a figure computes, with the numbers of its equations, and a link to the code. */
+export function explain(html) {
+  const code = `<a href="${new URL("samplers.js", import.meta.url)}">samplers.js</a>`;
+  return el("p", { class: "live-explain", html: `${html} The code: ${code}.` });
+}
 
 export function button(text, press) {
   return el("button", { type: "button", click: press }, text);
@@ -54,15 +59,17 @@ export function choice(text, names, { value = 0, change = () => {} } = {}) {
   return { label, get value() { return select.selectedIndex; }, set value(to) { select.selectedIndex = to; } };
 }
 
-/** A picture with its caption; `alt` says what it shows. */
+/** A picture with its caption, grey at first; `alt` says what it shows. */
 export function picture(caption, alt, big = false) {
   const canvas = el("canvas", { width: SIDE, height: SIDE, role: "img", "aria-label": alt, class: big ? "live-big" : "" });
   const text = el("figcaption", { html: caption });
-  return { figure: el("figure", {}, canvas, text), canvas, caption: text, show: (x, index = 0) => show(canvas, x, index) };
+  const tile = { figure: el("figure", {}, canvas, text), canvas, caption: text, show: (x, index = 0) => show(canvas, x, index) };
+  tile.show(new Float32Array(SIZE));
+  return tile;
 }
 
 /** Image number `index` of x, [−1, 1] as grey levels. */
-export function show(canvas, x, index = 0) {
+function show(canvas, x, index = 0) {
   const pixels = new ImageData(SIDE, SIDE);
   for (let i = 0; i < SIZE; i++) {
     pixels.data.fill(Math.round((x[index * SIZE + i] + 1) * 127.5), 4 * i, 4 * i + 3); // clamped by its type
@@ -126,7 +133,7 @@ export function job(name, work) {
     asked = true;
     press.textContent = "Stop";
     try {
-      if (!ready) status.textContent = "Loading the network …";
+      if (!ready) status.textContent = "Loading the network, 6 to 7 MB, once …";
       bar.hidden = ready;
       const net = await network((share) => (bar.value = share));
       bar.hidden = ready = true;
