@@ -18,6 +18,7 @@ from sphinx.application import Sphinx
 
 BOXES = ("trap", "rule", "note")
 LARGE = 8_000  # characters of a picture inside the page from which it becomes a file
+HEAVY = 40_000  # bytes of a PNG from which it is written as WebP, without loss
 PICTURE = "_static/social.png"  # what a shared link shows
 
 
@@ -67,8 +68,11 @@ def lighter(page: str, folder: Path, root: Path) -> str:
             and " width=" not in tag
             and "style=" not in tag
         ):
-            width, height = Image.open(path).size
-            tag = tag.replace("<img", f'<img width="{width}" height="{height}"', 1)
+            picture = Image.open(path)
+            tag = tag.replace("<img", f'<img width="{picture.width}" height="{picture.height}"', 1)
+            if path.stat().st_size > HEAVY:
+                picture.save(path.with_suffix(".webp"), lossless=True, method=3)
+                tag = tag.replace(source[1], source[1].removesuffix(".png") + ".webp")
         return tag if " loading=" in tag else tag.replace("<img", '<img loading="lazy" decoding="async"', 1)
 
     page = re.sub(rf"data:image/(png|webp);base64,((?:[\w+/=]|\\?\s){{{LARGE},}})", to_file, page)
