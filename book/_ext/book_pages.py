@@ -26,11 +26,10 @@ def mark(app: Sphinx, doctree: nodes.document) -> None:
     """Classes for boxes ("**Trap.** …") and captions ("**Figure 2.3.** …"); a solution's cells go into its fold."""
     for quote in doctree.findall(nodes.block_quote):
         word = re.match(r"\w+", quote.astext())
-        if word and word[0].lower() in BOXES and isinstance(quote[0][0], nodes.strong):
+        if word and word[0].lower() in BOXES and opening(quote[0]):
             quote["classes"] += ["box", word[0].lower()]
     for paragraph in doctree.findall(nodes.paragraph):
-        first = paragraph[0].astext() if len(paragraph) and isinstance(paragraph[0], nodes.strong) else ""
-        if number := re.match(r"(Figure|Film|Table) (\d+)\.(\d+)\.", first):
+        if number := re.match(r"(Figure|Film|Table) (\d+)\.(\d+)\.", opening(paragraph)):
             paragraph["classes"].append("figure-caption")
             paragraph["ids"].append("-".join(number.groups()).lower())
     for cell in list(doctree.findall(nodes.container)):
@@ -38,6 +37,12 @@ def mark(app: Sphinx, doctree: nodes.document) -> None:
             parent = cell.parent
             parent.remove(fold)
             parent.insert(parent.index(cell) + 1, fold)
+
+
+def opening(paragraph: nodes.Node) -> str:
+    """The bold words that it begins with, if any."""
+    first = next((node for node in paragraph.children if node.astext()), None)
+    return first.astext() if isinstance(first, nodes.strong) else ""
 
 
 def fold_before(cell: nodes.Node) -> nodes.Node | None:
