@@ -218,7 +218,7 @@ def density_coverage(real: Tensor, generated: Tensor, k: int = 5) -> tuple[float
     _check_features(real, generated, least=k + 1)
     radii = _reach(real, k)
     inside = torch.cat([torch.cdist(part, real) <= radii for part in generated.split(1000)])  # (M, N)
-    return inside.sum().item() / (k * len(generated)), inside.any(0).double().mean().item()
+    return inside.sum().item() / (k * len(generated)), inside.any(0).cpu().double().mean().item()
 
 
 def _reach(points: Tensor, k: int) -> Tensor:

@@ -17,6 +17,8 @@ from experiments import ladder
 
 N = 100  # the classifier has 96 features, and the distance needs more images than that
 
+EACH = len(ladder.SOLVERS) - 1  # rows for a number of evaluations: σ² = β has one row alone, of all T steps
+
 
 def first(data, count=1000):
     return data._replace(images=data.images[:count], labels=data.labels[:count])
@@ -47,7 +49,7 @@ def rows_of(path):
 def test_rows_cost_what_they_say_and_come_in_order_of_cost(small, tmp_path):
     assert small(tmp_path / "a.json") == 0
     rows = rows_of(tmp_path / "a.json")
-    assert len(rows) == 3 * (len(ladder.SOLVERS) - 1) + 1  # σ² = β has the row of all T steps only
+    assert len(rows) == 3 * EACH + 1  # σ² = β has the row of all T steps only
     for (name, allowed), row in rows.items():
         assert row["evaluations"] == (allowed - 1 + allowed % 2 if name == "Heun" else allowed), name
         assert row["frechet_distance"] > 0 and 1 <= row["inception_score"] <= 10 and 0 <= row["label_agreement"] <= 1
@@ -83,7 +85,7 @@ def test_a_row_is_drawn_with_other_seeds(small, tmp_path, monkeypatch):
     assert "other_seeds" not in json.loads((tmp_path / "a.json").read_text())
     drawn.clear()
     assert small(tmp_path / "a.json", "--max-evaluations", 4) == 0
-    images = [row[0] for row in drawn[len(ladder.SOLVERS) :]]
+    images = [row[0] for row in drawn[EACH :]]
     assert len({image.numpy().tobytes() for image in images}) == 3
     other = json.loads((tmp_path / "a.json").read_text())["other_seeds"]
     assert (other["sampler"], other["allowed"], other["number"]) == ("Heun", 4, 3)
@@ -107,7 +109,7 @@ def test_every_row_starts_from_the_same_noise(small, monkeypatch, tmp_path):
 
     monkeypatch.setattr(ladder, "classifier_free", recording)
     assert small(tmp_path / "a.json", "--max-evaluations", 4) == 0
-    assert len(seen) == 2 * len(ladder.SOLVERS)
+    assert len(seen) == 2 * EACH
     assert all(torch.equal(x_T, seen[0]) for x_T in seen)
     assert abs(seen[0].std() - 1) < 0.02
 
@@ -132,7 +134,7 @@ def test_a_stopped_run_goes_on_where_it_was(small, monkeypatch, tmp_path, capsys
     monkeypatch.setattr(ladder, "draw", lambda *a: calls.append(a) or draw(*a))
     assert small(out, "--max-evaluations", 4) == 0
     rows = rows_of(out)
-    assert len(calls) == 2 * len(ladder.SOLVERS) - 3 and len(rows) == 2 * len(ladder.SOLVERS)
+    assert len(calls) == 2 * EACH - 3 and len(rows) == 2 * EACH
     assert {key: rows[key] for key in before} == before  # as they were, to the digit of the timing
 
     calls.clear()
