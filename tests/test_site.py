@@ -21,8 +21,7 @@ ROOT = Path(__file__).parents[1]
 SITE = ROOT / "_build" / "html"
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 CHAPTERS = [f"book/{path.stem}" for path in sorted((ROOT / "book").glob("[0-9]*.ipynb"))]
-NUMBERED = [name for name in CHAPTERS if re.match(r"book/\d", name)]
-PAGES = [*CHAPTERS, *(f"book/{path.stem}" for path in sorted((ROOT / "book").glob("*.md")))]
+PAGES = [f"book/{path.stem}" for kind in ("ipynb", "md") for path in sorted((ROOT / "book").glob(f"*.{kind}"))]
 AXE = ROOT / "node_modules" / "axe-core" / "axe.min.js"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-sync"]
 CI = os.environ.get("CI") == "true"  # there everything is installed, and a skip would hide a fault
@@ -171,7 +170,7 @@ def test_screen_readers_find_nothing_serious(page, theme):
     assert [(v["id"], n["html"]) for v in found for n in v["nodes"] if v["impact"] in ("serious", "critical")] == []
 
 
-@on_each(NUMBERED)
+@on_each(CHAPTERS)
 def test_code_and_output_of_a_solution_are_in_its_fold(page):
     assert page.locator("article .tag_solution").count() == page.locator("article details .tag_solution").count()
 
@@ -228,6 +227,9 @@ def test_shared_link_has_title_text_and_picture(name):
     html = (SITE / f"{name}.html").read_text(encoding="utf-8")
     for tag in ("og:title", "og:image", "og:url", "twitter:card"):
         assert html.count(f'="{tag}"') == 1, tag
+    heading = re.search(r"<article.*?<h1>(.*?)<a", html, re.DOTALL)[1]
+    assert re.search(r'"og:title" content="([^"]*)"', html)[1].startswith(heading.replace("&#39;", "’"))
+    assert re.search(r'"og:title" content="([^"]*)"', html)[1].endswith("The annotated DDPM")
     assert len(re.search(r'name="description" content="([^"]*)"', html)[1]) > 60
     assert (SITE / "_static" / "social.png").is_file()
 

@@ -110,7 +110,7 @@ def readable(page: str) -> str:
 
 def described(page: str, address: str, base: str, site: str) -> str:
     """The HTML with a title, a description and a picture for search engines and for those who share its link."""
-    heading = re.search(r"<h1>(.*?)<a class=\"headerlink\"", page, re.DOTALL)
+    heading = re.search(r"<article.*?<h1>(.*?)<a class=\"headerlink\"", page, re.DOTALL)
     title = plain(heading[1]) if heading else site
     article = page[heading.end() :] if heading else ""
     texts = (plain(text) for text in re.findall(r"<p>(.*?)</p>", article, re.DOTALL))
@@ -170,7 +170,7 @@ def draw_social(path: Path) -> Image.Image:
 def finish(app: Sphinx, error: Exception | None) -> None:
     if error or app.builder.format != "html":
         return
-    root, base, site = Path(app.outdir), app.config.html_baseurl, app.config.project
+    root, base, site = Path(app.outdir), app.config.html_baseurl, app.config.html_title
     addresses = []
     for path in sorted(root.glob("*.html")) + sorted((root / "book").glob("*.html")):
         if path in (root / "index.html", root / "404.html"):
