@@ -188,12 +188,14 @@ def test_wide_formulas_scroll_from_their_beginning(page):
 @on_each([*PAGES, "search", "genindex"])
 def test_nothing_fails_and_no_other_host_is_asked(page, address):
     """All of the page: unfolded, scrolled to its end, in both themes."""
-    colors = []
+    color = None
     for theme in ("light", "dark"):
         page.emulate_media(color_scheme=theme)
-        page.wait_for_function("theme => document.documentElement.dataset.theme === theme", arg=theme, timeout=9000)
-        colors.append(page.evaluate("() => getComputedStyle(document.body).backgroundColor"))
-    assert colors[0] != colors[1]
+        page.wait_for_function(
+            """([theme, before]) => document.documentElement.dataset.theme === theme
+            && getComputedStyle(document.body).backgroundColor !== before""", arg=[theme, color], timeout=60_000
+        )  # fmt: skip
+        color = page.evaluate("() => getComputedStyle(document.body).backgroundColor")
     assert page.evaluate(THROUGH) == []
     assert [url for url in page.requests if not url.startswith((address, "data:", "blob:"))] == []
     assert page.script_errors == []
