@@ -52,6 +52,7 @@ THROUGH = """async () => {
         await new Promise(requestAnimationFrame);
     }
     const images = [...document.images];
+    images.forEach(i => i.loading = "eager");  // one that no scrolling shows would be waited for without end
     await Promise.all(images.map(i => i.complete || new Promise(done => i.onload = i.onerror = done)));
     return images.filter(i => !i.naturalWidth).map(i => i.src);
 }"""
