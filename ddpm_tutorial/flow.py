@@ -35,8 +35,8 @@ def straight_beta_schedule(num_timesteps: int) -> Tensor:
 
 
 def path_times(diffusion: GaussianDiffusion) -> tuple[Tensor, Tensor]:
-    """Where a diffusion's timesteps lie on the straight path, equation (10.9): u_t = √(1 − ᾱ_t)/c_t and the scale
-    c_t = √ᾱ_t + √(1 − ᾱ_t), so that x_t = c_t x_u. Two tables (T + 1,)."""
+    """Where a diffusion's timesteps lie on the straight path, equation (10.9): u_t = √(1 − ᾱ_t)/b_t and the scale
+    b_t = √ᾱ_t + √(1 − ᾱ_t), so that x_t = b_t x_u. Two tables (T + 1,)."""
     scale = diffusion.sqrt_alphas_cumprod + diffusion.sqrt_one_minus_alphas_cumprod
     return diffusion.sqrt_one_minus_alphas_cumprod / scale, scale
 
@@ -55,14 +55,13 @@ def velocity_of(model: Callable, diffusion: GaussianDiffusion) -> Callable[[Tens
 
 
 def noise_model_of(velocity: Callable, diffusion: GaussianDiffusion) -> Callable[[Tensor, Tensor], Tensor]:
-    """A velocity field V(x_u, u), with ``u`` (B,), as a noise model(x_t, t) for the samplers: ε = x_u + (1 − u) V,
-    equation (10.10) turned round."""
+    """A velocity field V(x_u, u), with ``u`` (B,), as a noise model(x_t, t) for the samplers: ε = x_u + (1 − u) V, the
+    last of (10.10), which is ``noise_from_velocity``."""
     times, scale = path_times(diffusion)
 
     def model(x_t: Tensor, t: int | Tensor) -> Tensor:
         t = torch.full((len(x_t),), t) if isinstance(t, int) else t
-        x_u = x_t / diffusion.at(scale, t, x_t)
-        return x_u + (1 - diffusion.at(times, t, x_t)) * velocity(x_u, times[t])
+        return diffusion.noise_from_velocity(x_t, t, velocity(x_t / diffusion.at(scale, t, x_t), times[t]))
 
     model.diffusion = diffusion
     return model

@@ -28,13 +28,14 @@ from .common import Table, made_with, run_command, table_parser
 DEFAULTS = {"num_images": 1000, "seed": 0}
 EVALUATIONS = (5, 10, 20, 50, 100, 250, 1000)  # of the network, for each image
 BATCH_SIZE = 250
+ALL_STEPS = "DDPM, σ² = β"  # takes all timesteps, or none
 SOLVERS = {
     "DDIM, η = 0": partial(sample_ddim, eta=0.0),
     "DDIM, η = 0.5": partial(sample_ddim, eta=0.5),
     "DDPM (DDIM, η = 1)": partial(sample_ddim, eta=1.0),  # strided ancestral sampling, σ² = β̃ of the sub-sequence
     "Heun": sample_heun,
     "DPM-Solver++(2M)": sample_dpmpp_2m,
-    "DDPM, σ² = β": partial(sample_ddpm, variance="beta"),  # all timesteps, or none: see ``ladder``
+    ALL_STEPS: partial(sample_ddpm, variance="beta"),
 }
 AGAIN, NUM_SEEDS = ("DPM-Solver++(2M)", 20), 8  # this row is drawn with other seeds too: how much of a figure is luck
 
@@ -43,11 +44,11 @@ def ladder(num_timesteps: int, max_evaluations: int | None = None) -> list[dict]
     """What each row is about: the sampler and the evaluations allowed, the cheapest first."""
     allowed = [n for n in sorted(EVALUATIONS) if n <= min(max_evaluations or num_timesteps, num_timesteps)]
     rows = [{"sampler": name, "allowed": n} for n in allowed for name in SOLVERS]
-    return [row for row in rows if row["sampler"] != "DDPM, σ² = β" or row["allowed"] == num_timesteps]
+    return [row for row in rows if row["sampler"] != ALL_STEPS or row["allowed"] == num_timesteps]
 
 
 def solver(sampler: str, allowed: int) -> Callable:
-    if sampler == "DDPM, σ² = β":
+    if sampler == ALL_STEPS:
         return SOLVERS[sampler]
     steps = (allowed + 1) // 2 if sampler == "Heun" else allowed  # Heun's n steps take 2n − 1
     return partial(SOLVERS[sampler], num_inference_steps=steps)

@@ -4,19 +4,16 @@ Needs Chromium (as tests/test_site.py), and what ``make test`` installs: onnx, a
 stand on a page of this test's own; tests/test_site.py looks at the pages of the book.
 """
 
-import functools
-import http.server
 import importlib
 import math
-import os
 import re
 import shutil
-import threading
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from browser import CHROMIUM, CI, launched, served
 
 from ddpm_tutorial.data import CLASS_NAMES
 from ddpm_tutorial.diffusion import SCHEDULES, GaussianDiffusion
@@ -28,9 +25,6 @@ from ddpm_tutorial.toy import GaussianMixture
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "book" / "_static" / "live"
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-sync"]
-CI = os.environ.get("CI") == "true"  # there everything is installed, and a skip would hide a fault
 NAMES = re.findall(r'"(\w+)"', re.search(r"NAMES = \[(.*?)\]", (SCRIPTS / "live.js").read_text(encoding="utf-8"))[1])
 PAGE = """<!doctype html><html lang="en" data-theme="light"><title>live</title><meta name="viewport"
 content="width=device-width"><link rel="icon" href="data:,"><link rel="stylesheet" href="/live/live.css">
@@ -64,24 +58,14 @@ def address(live, tmp_path_factory):
     boxes = "".join(f'<div class="live" data-live="{name}">without scripts: {name}</div>' for name in NAMES)
     (folder / "index.html").write_text(PAGE.format(boxes), encoding="utf-8")
 
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/"
-    server.shutdown()
+    with served(folder) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
 def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+    with launched() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

@@ -7,24 +7,18 @@ once, and its tests follow each other on it. FONTCONFIG_FILE=$PWD/tests/dejavu.c
 
 import functools
 import gzip
-import http.server
-import os
 import re
-import shutil
-import threading
 import xml.etree.ElementTree
 from pathlib import Path
 
 import pytest
+from browser import CHROMIUM, CI, launched, served
 
 ROOT = Path(__file__).parents[1]
 SITE = ROOT / "_build" / "html"
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 CHAPTERS = [f"book/{path.stem}" for path in sorted((ROOT / "book").glob("[0-9]*.ipynb"))]
 PAGES = [f"book/{path.stem}" for kind in ("ipynb", "md") for path in sorted((ROOT / "book").glob(f"*.{kind}"))]
 AXE = ROOT / "node_modules" / "axe-core" / "axe.min.js"
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-sync"]
-CI = os.environ.get("CI") == "true"  # there everything is installed, and a skip would hide a fault
 
 pytestmark = [
     pytest.mark.skipif(not CHROMIUM and not CI, reason="Chromium is not installed"),
@@ -60,24 +54,14 @@ THROUGH = """async () => {
 
 @pytest.fixture(scope="module")
 def address():
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=SITE))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/"
-    server.shutdown()
+    with served(SITE) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
 def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+    with launched() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
