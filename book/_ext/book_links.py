@@ -110,6 +110,8 @@ def linked(text: str, before: str, link) -> Iterator[nodes.Node]:
 
 def is_of_another_text(kind: str, before: str, after: str) -> bool:
     """Whether "section 4.3" is a paper's: by what stands before it in its sentence, and what after it."""
+    if kind == "cell":
+        return False  # no other text has ours
     before = re.sub(r"arXiv:\d+\.\d+", FOREIGN, before).replace("et al.", "et al")
     sentence = re.split(r"[.!?]\s", before)[-1]
     named = re.search(r"(\0[),]?|\b[A-Z]{2,}\w*|et al|\b\d{4}\)?|[A-Z]\w+'s)[,:;]?\s\(?$", sentence)
