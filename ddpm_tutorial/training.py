@@ -6,9 +6,10 @@ writes the log, the sample grids and the checkpoints.
 
 import copy
 import inspect
+import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -130,7 +131,7 @@ def train_steps(
     network = _distributed(network, device) if world > 1 else network
     bad_step = torch.zeros((), dtype=torch.long, device=device)  # the first that was not finite; 0: none
 
-    for step, x_0, t, noise, y in training_batches(model, images.to(device), labels, config, done):
+    def update(x_0: Tensor, t: Tensor, noise: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         x_t = diffusion.q_sample(x_0, t, noise).contiguous(memory_format=layout)
         with autocast:
             output = network(x_t, t, y)
@@ -143,9 +144,16 @@ def train_steps(
         grad_norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), config.grad_clip)
         loss = reduce(loss.detach(), "mean")  # over the processes
         finite = (loss + grad_norm).isfinite()
-        lr = learning_rate(step, config)
         for optimizer in optimizers:
-            _step_if(finite, optimizer, lr)
+            _step_if(finite, optimizer)
+        return loss, grad_norm, finite
+
+    if device.type == "cuda" and world == 1 and not scaler.is_enabled():
+        update = Recorded(update)
+    for step, *batch in training_batches(model, images.to(device), labels, config, done):
+        lr = learning_rate(step, config)
+        _set_rate(optimizers, lr)
+        loss, grad_norm, finite = update(*batch)
         scaler.update()
 
         # In fp16 a gradient may overflow now and then: then the scale is lowered, and the run goes on.
@@ -187,12 +195,55 @@ def _moved(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def _step_if(finite: Tensor, optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """``optimizer.step()`` at this learning rate, left out (weights, moments and count stay) where ``finite`` is false.
-    Muon and a fused optimizer read this on the device, from the flag that ``GradScaler.step`` gives them too; for
-    others the CPU waits."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+class Recorded:
+    """``update`` as a CUDA graph. Its kernels are many and small, and the CPU takes longer to start them than the GPU to
+    run them; so, after three steps as usual, they are recorded once, and then started together. Where that fails, with a
+    warning, steps go on as usual. Arguments are tensors of the same shapes at each call, or None."""
+
+    def __init__(self, update: Callable[..., tuple[Tensor, ...]]):
+        self.update, self.usual, self.graph, self.stream = update, 3, None, torch.cuda.Stream()
+
+    def __call__(self, *given: Tensor | None) -> tuple[Tensor, ...]:
+        if self.usual:
+            self.usual -= 1
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                found = self.update(*given)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return found
+        if self.graph is None and not self.record(given):
+            self.usual = math.inf
+            return self(*given)
+        for mine, new in zip(self.given, given, strict=True):
+            if mine is not None:
+                mine.copy_(new)
+        self.graph.replay()
+        return tuple(found.clone() for found in self.found)  # the next replay writes into the same memory
+
+    def record(self, given: tuple[Tensor | None, ...]) -> bool:
+        self.given = [None if tensor is None else tensor.clone() for tensor in given]
+        self.graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.found = self.update(*self.given)
+        except RuntimeError as error:
+            warnings.warn(f"steps are not recorded as a CUDA graph, which is slower: {error}", stacklevel=4)
+            return False
+        return True
+
+
+def _set_rate(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+def _step_if(finite: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """``optimizer.step()``, left out (weights, moments and count stay) where ``finite`` is false. Muon and a fused
+    optimizer read this on the device, from the flag that ``GradScaler.step`` gives them too; for others the CPU
+    waits."""
     if isinstance(optimizer, Muon) or optimizer.defaults["fused"]:
         optimizer.found_inf = (~finite).float()
         optimizer.step()
