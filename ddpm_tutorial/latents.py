@@ -118,7 +118,13 @@ def autoencoder_loss(model: Autoencoder, x: Tensor, noise: Tensor, kl_weight: fl
 
 
 def train_autoencoder(
-    model: Autoencoder, images: Tensor, num_train_steps: int, batch_size: int = 128, lr: float = 2e-3, seed: int = 0
+    model: Autoencoder,
+    images: Tensor,
+    num_train_steps: int,
+    batch_size: int = 128,
+    lr: float = 2e-3,
+    kl_weight: float = KL_WEIGHT,
+    seed: int = 0,
 ) -> Iterator[tuple[int, Tensor]]:
     """Train on uint8 ``images`` (N, C, H, W), on the network's device. Yields (step, loss). AdamW, the learning rate in
     one cycle. The model is in evaluation mode at the end; then ``fit_scale``."""
@@ -132,7 +138,7 @@ def train_autoencoder(
     model.train()
     for step in range(1, num_train_steps + 1):
         x = to_model_range(images[next(batches).to(device)])
-        loss = autoencoder_loss(model, x, torch.randn(size, generator=generator, device=device))
+        loss = autoencoder_loss(model, x, torch.randn(size, generator=generator, device=device), kl_weight)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

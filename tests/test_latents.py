@@ -52,7 +52,7 @@ def test_the_loss_is_a_negative_elbo_up_to_constants(data):
     assert_close(loss * size / (2 * variance) + size / 2 * math.log(2 * math.pi * variance), bound)
 
 
-def test_without_deviation_it_decodes_the_mean(data):
+def test_the_decoder_gets_mean_plus_deviation_times_noise(data):
     model, x = small(), to_model_range(data[0][:2])
     noise = torch.randn(2, 4, 7, 7, generator=torch.Generator().manual_seed(2))
     found, mean, log_variance = model(x, noise)
