@@ -27,6 +27,7 @@ from .predictor import NoisePredictor
 from .settings import TrainConfig
 from .unet import UNet
 
+MAX_POWER = 10.0  # the mean square of float data; what a schedule calls noise has 1
 PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -73,7 +74,8 @@ def train(
     config: TrainConfig,
     resume_from: str | Path | None = None,
 ) -> Iterator[TrainState]:
-    """DDPM algorithm 1 on uint8 ``images`` (N, C, H, W) and ``labels`` (N,), or None for a model without classes.
+    """DDPM algorithm 1 on ``images`` (N, C, H, W) and ``labels`` (N,), or None for a model without classes. Images are
+    uint8, or float32 that goes in as it is: what is no image, such as latents, scaled to a variance of about 1.
 
     Checks what it is given, then runs ``train_steps``. All randomness of a step comes from (seed, step), so a run
     resumed from the checkpoint folder ``resume_from`` gives the same weights as one never stopped (on CUDA within
@@ -86,8 +88,10 @@ def train(
             f"train takes a NoisePredictor (a network with its target and diffusion), got {type(model).__name__}"
         )
     world, device, unet = processes().num_processes, processes().device, model.unet
-    if images.dtype != torch.uint8 or images.ndim != 4:
-        raise ValueError(f"images must be uint8 (N, C, H, W), got {images.dtype} {tuple(images.shape)}")
+    if images.dtype not in (torch.uint8, torch.float32) or images.ndim != 4:
+        raise ValueError(f"images must be uint8 or float32 (N, C, H, W), got {images.dtype} {tuple(images.shape)}")
+    if images.dtype == torch.float32 and not images.square().mean() <= MAX_POWER:
+        raise ValueError("float images must be finite, of a variance of about 1; grey levels 0 … 255 are uint8")
     if images.shape[1] != unet.in_channels:
         raise ValueError(f"the U-Net takes {unet.in_channels} channels, and the images have {images.shape[1]}")
     height, width, divisor = *images.shape[2:], unet.size_divisor
@@ -170,7 +174,7 @@ def training_batches(
     model: NoisePredictor, images: Tensor, labels: Tensor | None, config: TrainConfig, done: int
 ) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor | None]]:
     """Lines 2 to 4 of algorithm 1: (step, x_0, t, noise, labels) of each step after the first ``done``, where the
-    uint8 ``images`` are. Some labels are dropped, for classifier-free guidance.
+    ``images`` are. Some labels are dropped, for classifier-free guidance.
 
     Each of several processes draws the whole batch, so that the run is the same for any number of them, and takes every
     ``world``-th item of it: t rises through the batch, and each process is to have small ones and large ones.
@@ -187,7 +191,8 @@ def training_batches(
             drawn.append(drop_labels(labels[index], config.label_dropout, model.num_classes, on_cpu))
         index, t, *y = _moved(torch.stack(drawn)[:, rank::world].contiguous(), device)  # one copy for all three
         noise = torch.randn(config.batch_size, *images.shape[1:], generator=on_device, device=device)[rank::world]
-        yield step, to_model_range(images[index]), t, noise, y[0] if y else None
+        x_0 = images[index]
+        yield step, to_model_range(x_0) if x_0.dtype == torch.uint8 else x_0, t, noise, y[0] if y else None
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:
