@@ -107,17 +107,10 @@ def train(
         labels = None
     elif labels is None:
         raise ValueError("a class-conditional model needs labels")
-    elif (
-        labels.ndim not in (1, 2)
-        or labels.shape[:1] != images.shape[:1]
-        or 0 in labels.shape
-        or not 0 <= labels.min() <= labels.max() <= model.num_classes - (labels.ndim == 1)
-    ):
-        raise ValueError(
-            f"labels must be ({len(images)},) in 0 … {model.num_classes - 1}, captions ({len(images)}, L) in "
-            f"0 … {model.num_classes}; "
-            f"got {tuple(labels.shape)} in {labels.min().item()} … {labels.max().item()}"
-        )
+    elif labels.ndim not in (1, 2) or labels.shape[:1] != images.shape[:1] or 0 in labels.shape:
+        raise ValueError(f"labels must be ({len(images)},), or captions ({len(images)}, L), got {tuple(labels.shape)}")
+    elif not 0 <= labels.min() <= labels.max() <= (largest := model.num_classes - (labels.ndim == 1)):
+        raise ValueError(f"labels must lie in 0 … {largest}, got {labels.min().item()} … {labels.max().item()}")
     return train_steps(model, images, labels, config, resume_from)
 
 

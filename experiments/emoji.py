@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -98,10 +99,9 @@ def run(minutes: float | None, num_train_steps: int | None, out: Path, channels:
     options["warmup_steps"] = min(TrainConfig().warmup_steps, num_train_steps // 10)
 
     config = TrainConfig(num_train_steps, **options)
-    for state in steps_of(network(emoji.vocabulary, channels), emoji.images, emoji.captions, config):
-        pass
+    states = steps_of(network(emoji.vocabulary, channels), emoji.images, emoji.captions, config)
+    model = deque(states, maxlen=1).pop().ema.module
     seconds = time.perf_counter() - began
-    model = state.ema.module
     rows = [text for text in SHOWN for _ in range(8)]
     grids = [draw(model, rows, scale) for scale in (1.0, 3.0)]
     save_image(torch.cat(grids).float() / 255, out / "captions.png", nrow=8)
