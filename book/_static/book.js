@@ -52,13 +52,20 @@ function quizzes() {
   });
 }
 
-/* On paper every fold is open. */
+/* On paper every fold is open, and the page is light. */
 let opened = [];
+let theme;
+const page = document.documentElement;
 addEventListener("beforeprint", () => {
+  theme = page.dataset.theme;
+  page.dataset.theme = "light";
   opened = [...document.querySelectorAll("article details:not([open])")];
   opened.forEach((fold) => (fold.open = true));
 });
-addEventListener("afterprint", () => opened.forEach((fold) => (fold.open = false)));
+addEventListener("afterprint", () => {
+  page.dataset.theme = theme;
+  opened.forEach((fold) => (fold.open = false));
+});
 
 addEventListener("DOMContentLoaded", () => {
   quizzes();
