@@ -230,6 +230,22 @@ def test_nothing_fails_and_no_other_host_is_asked(page, address):
     assert page.script_errors == []
 
 
+@on_each(CHAPTERS[:1])
+def test_paper_is_light_and_has_all_of_the_text(page):
+    look = """selector => { const style = getComputedStyle(document.querySelector(selector));
+                            return [style.opacity, style.color, style.animationName]; }"""
+    set_theme(page, "dark")
+    page.emulate_media(color_scheme="dark", media="print")
+    page.evaluate("() => dispatchEvent(new Event('beforeprint'))")
+    text = page.evaluate(look, "article p")
+    assert page.evaluate("() => document.documentElement.dataset.theme") == "light"
+    assert page.locator("article details:not([open])").count() == 0
+    assert page.evaluate(look, "details.hide > :not(summary)") == page.evaluate(look, ".MultipleChoiceQn") == text
+    page.emulate_media(media="screen")
+    page.evaluate("() => dispatchEvent(new Event('afterprint'))")
+    assert page.evaluate("() => document.documentElement.dataset.theme") == "dark"
+
+
 # axe takes its time for every element. A formula has hundreds, all of the text's own colour: five formulas stay. Code
 # has thousands, of a few dozen colours: a block with none but those of the blocks before it becomes plain text.
 LESS = """() => {
