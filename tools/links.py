@@ -29,7 +29,7 @@ def dead(address: str) -> str:
 
 def main() -> int:
     text = "\n".join(path.read_text(encoding="utf-8") for path in FILES)
-    addresses = sorted(set(re.findall(r"\]\((https?://[^)\s#\"\\]+)", text)))
+    addresses = sorted(set(re.findall(r"(?:\]\(|href=\\?\")(https?://[^)\s#\"\\]+)", text)))
     with ThreadPoolExecutor(8) as pool:
         answers = list(zip(addresses, pool.map(dead, addresses), strict=True))
     for address, why in answers:

@@ -1,6 +1,7 @@
 """A Sphinx extension: what the theme leaves undone on the pages of the site.
 
-In the document: boxes and captions get their classes, and the code cells of a solution go under its fold. In the HTML:
+In the document: boxes, captions and printed sentences get their classes, and the code cells of a solution go under its
+fold. In the HTML:
 a description and a picture for those who share a link, pictures that load when they come into view, no picture inside
 the text of a page, names for screen readers, icons without a script, MathJax only where there is a formula. Beside
 the pages: a front page at the root, a map for search engines, and a page for addresses that do not exist.
@@ -32,6 +33,9 @@ def mark(app: Sphinx, doctree: nodes.document) -> None:
         if number := re.match(r"(Figure|Film|Table) (\d+)\.(\d+)\.", opening(paragraph)):
             paragraph["classes"].append("figure-caption")
             paragraph["ids"].append("-".join(number.groups()).lower())
+    for output in doctree.findall(nodes.literal_block):
+        if "output" in output["classes"] and not re.search(r"\S {2,}\S", output.astext()):  # no columns: it may wrap
+            output["classes"].append("prose")
     for cell in list(doctree.findall(nodes.container)):
         if "tag_solution" in cell["classes"] and (fold := fold_before(cell)):
             parent = cell.parent

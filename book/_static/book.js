@@ -10,6 +10,34 @@ function reachable() {
   });
 }
 
+/* A picture that the page shows smaller than it is opens in its own size: by a tap, or by Enter or the space bar. */
+function enlargeable() {
+  each("article img[width]:not(.film img, .live img, a img)", (image) => {
+    if (image.clientWidth && image.clientWidth < 0.95 * image.getAttribute("width")) {
+      image.tabIndex = 0;
+      image.setAttribute("role", "button");
+      image.setAttribute("aria-haspopup", "dialog");
+    } else if (image.clientWidth) {
+      for (const name of ["tabindex", "role", "aria-haspopup"]) image.removeAttribute(name);
+    }
+  });
+}
+
+function enlarge(event) {
+  const image = event.target.closest("img[aria-haspopup]");
+  if (!image || (event.type === "keydown" && event.key !== "Enter" && event.key !== " ")) return;
+  event.preventDefault();
+  const dialog = document.createElement("dialog");
+  dialog.className = "large-picture";
+  dialog.setAttribute("aria-label", "The figure in its own size");
+  dialog.innerHTML = '<button type="button">Close</button><div tabindex="0"></div>'; // the box scrolls, by arrow keys too
+  dialog.lastChild.append(Object.assign(new Image(), { src: image.src, alt: image.alt, width: image.getAttribute("width") }));
+  dialog.addEventListener("click", () => dialog.close());
+  dialog.addEventListener("close", () => dialog.remove());
+  document.body.append(dialog);
+  dialog.showModal();
+}
+
 /* A question is a group with its text as its name, and what is said of an answer is read out. */
 function quizzes() {
   each(".Quiz", (quiz, i) => {
@@ -24,21 +52,31 @@ function quizzes() {
   });
 }
 
-/* On paper every fold is open. */
+/* On paper every fold is open, and the page is light. */
 let opened = [];
+let theme;
+const page = document.documentElement;
 addEventListener("beforeprint", () => {
+  theme = page.dataset.theme;
+  page.dataset.theme = "light";
   opened = [...document.querySelectorAll("article details:not([open])")];
   opened.forEach((fold) => (fold.open = true));
 });
-addEventListener("afterprint", () => opened.forEach((fold) => (fold.open = false)));
+addEventListener("afterprint", () => {
+  page.dataset.theme = theme;
+  opened.forEach((fold) => (fold.open = false));
+});
 
 addEventListener("DOMContentLoaded", () => {
   quizzes();
   reachable();
+  enlargeable();
   const article = document.querySelector("article");
   if (!article) return;
   new MutationObserver(quizzes).observe(article, { childList: true, subtree: true });
-  const resized = new ResizeObserver(() => requestAnimationFrame(reachable));
+  const resized = new ResizeObserver(() => requestAnimationFrame(() => (reachable(), enlargeable())));
   resized.observe(article);
-  article.addEventListener("toggle", reachable, true);
+  article.addEventListener("toggle", () => (reachable(), enlargeable()), true);
+  article.addEventListener("click", enlarge);
+  article.addEventListener("keydown", enlarge);
 });

@@ -23,10 +23,19 @@ export function el(tag, attributes = {}, ...children) {
 export const row = (...children) => el("div", { class: "live-row" }, ...children);
 export const pictures = (...children) => el("div", { class: "live-pictures" }, ...children);
 
-/** What a figure computes, with the numbers of its equations, and a link to the code. */
+/** What a figure computes, with links to its equations and to the code. */
 export function explain(html) {
   const code = `<a href="${new URL("samplers.js", import.meta.url)}">samplers.js</a>`;
-  return el("p", { class: "live-explain", html: `${html} The code: ${code}.` });
+  const linked = html.replace(/\((\d+)\.(\d+[a-z]?)\)/g, equation);
+  return el("p", { class: "live-explain", html: `${linked} The code: ${code}.` });
+}
+
+/** "(2.13)" as a link to it: on this page, or on the chapter's page, which the list of chapters names. */
+function equation(text, chapter, number) {
+  const anchor = `eq-${chapter}-${number}`;
+  const page = document.querySelector(`nav a[href*="${chapter.padStart(2, "0")}_"]`)?.getAttribute("href");
+  const address = document.getElementById(anchor) ? "" : page;
+  return address === undefined ? text : `<a href="${address}#${anchor}">${text}</a>`;
 }
 
 export function button(text, press) {
