@@ -171,6 +171,16 @@ def test_a_subset_fills_a_batch():
     assert set(few.unique().tolist()) < set(experiment.subset(images, 40, 32).unique().tolist())
 
 
+def test_copies_are_told_from_new_images():
+    images = torch.randint(256, (40, 3, 8, 8), generator=seeded_generator(0)).to(torch.uint8)
+    seen = images[experiment.shuffled(40)[:20]]
+    new = torch.randint(256, (10, 3, 8, 8), generator=seeded_generator(1)).to(torch.uint8)
+    rows = experiment.memory_rows({"plain-20-5": torch.cat([seen[:10], new]), "plain-40-5": new}, images, 8)
+    assert [row["samples"] for row in rows] == ["new images", "plain", "new images", "plain"]
+    assert rows[1]["copies"] in (0.5, 0.55) and rows[1]["q5"] == 0 and rows[1]["passes"] == 2
+    assert rows[3]["copies"] < 0.3 and abs(rows[3]["q50"] - rows[2]["q50"]) < 8
+
+
 def test_the_experiment_leaves_weights_and_samples(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     monkeypatch.setattr(experiment, "SUBSETS", (4, 1911))
@@ -184,7 +194,10 @@ def test_the_experiment_leaves_weights_and_samples(tmp_path, monkeypatch):
     assert stored["betas"].dtype == torch.float64 and stored["label_emb.weight"].dtype == torch.float16
     assert torch.equal(model.diffusion.exact_betas, GaussianDiffusion.from_schedule("cosine").exact_betas)
     samples = np.load(out / "memory.npz")
-    assert set(samples) == {"captions-1911-2", *(f"{n}-{step}" for n in (4, 1911) for step in (1, 2, 4))}
-    assert samples["4-4"].shape == (2, 3, 32, 32) and samples["4-4"].dtype == np.uint8
+    assert set(samples) == {"words-1911-2", *(f"plain-{n}-{step}" for n in (4, 1911) for step in (1, 2, 4))}
+    assert samples["plain-4-4"].shape == (2, 3, 32, 32) and samples["plain-4-4"].dtype == np.uint8
+    assert set(np.load(out / "emoji.npz")) == set(samples)
+    rows = json.loads((out / "emoji.json").read_text())["rows"]
+    assert len(rows) == len(samples) + 2 and rows[-1]["passes"] == round(4 * 8 / 1911, 1)
     assert json.loads((out / "training.json").read_text())["memory_steps"] == 4
     assert (out / "captions.png").exists()
