@@ -79,6 +79,30 @@ def test_captions_of_texts():
         captions_of(["red apples"], vocabulary)
 
 
+# ------------------------------------------------------------------------- noise in colour and at other sizes
+def test_the_mean_of_many_numbers_is_seen_longer():
+    """(11.1): the mean of n numbers has the signal of one and 1/n of the noise's variance."""
+    diffusion, x_0 = GaussianDiffusion.from_schedule(), torch.full((20_000, 3, 4, 4), 0.5)
+    means = diffusion.q_sample(x_0, 700, torch.randn(x_0.shape, generator=seeded_generator(0))).flatten(1).mean(1)
+    alpha_bar = diffusion.alphas_cumprod[700]
+    std = ((1 - alpha_bar) / 48).sqrt().item()
+    torch.testing.assert_close(means.mean(), 0.5 * alpha_bar.sqrt(), rtol=0, atol=5 * std / 20_000**0.5)
+    torch.testing.assert_close(means.std().item(), std, rtol=5 / 40_000**0.5, atol=0)
+
+
+def test_a_larger_image_needs_more_noise():
+    """(11.2): an image of twice the side, at a quarter of the signal-to-noise ratio, shows as much in means of 2×2."""
+    snr = 3.0
+    small, large = snr / (1 + snr), snr / 4 / (1 + snr / 4)  # alpha-bar
+    image = torch.randn(1, 1, 8, 8, generator=seeded_generator(0))
+    noise = torch.randn(4000, 1, 16, 16, generator=seeded_generator(1))
+    noisy = large**0.5 * image.repeat_interleave(2, 2).repeat_interleave(2, 3) + (1 - large) ** 0.5 * noise
+    means = torch.nn.functional.avg_pool2d(noisy, 2) * (small / large) ** 0.5  # the small image's signal
+    std = (1 - small) ** 0.5
+    torch.testing.assert_close(means.mean(0, keepdim=True), small**0.5 * image, rtol=0, atol=6 * std / 4000**0.5)
+    torch.testing.assert_close(means.std(0).mean().item(), std, rtol=0.01, atol=0)
+
+
 # ----------------------------------------------------------------------------- captions in the network
 def test_a_caption_is_the_mean_of_its_words(predictor, noisy):
     x_t, t = noisy
