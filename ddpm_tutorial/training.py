@@ -6,9 +6,10 @@ writes the log, the sample grids and the checkpoints.
 
 import copy
 import inspect
+import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from .predictor import NoisePredictor
 from .settings import TrainConfig
 from .unet import UNet
 
+MAX_POWER = 10.0  # the mean square of float data; what a schedule calls noise has 1
 PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -72,8 +74,9 @@ def train(
     config: TrainConfig,
     resume_from: str | Path | None = None,
 ) -> Iterator[TrainState]:
-    """DDPM algorithm 1 on uint8 ``images`` (N, C, H, W) and ``labels`` (N,), captions (N, L) that are filled up with
-    the null label, or None for a model without classes.
+    """DDPM algorithm 1 on ``images`` (N, C, H, W) and ``labels`` (N,), captions (N, L) that are filled up with the null
+    label, or None for a model without classes. Images are uint8, or float32 that goes in as it is: what is no image,
+    such as latents, scaled to a variance of about 1.
 
     Checks what it is given, then runs ``train_steps``. All randomness of a step comes from (seed, step), so a run
     resumed from the checkpoint folder ``resume_from`` gives the same weights as one never stopped (on CUDA within
@@ -86,8 +89,10 @@ def train(
             f"train takes a NoisePredictor (a network with its target and diffusion), got {type(model).__name__}"
         )
     world, device, unet = processes().num_processes, processes().device, model.unet
-    if images.dtype != torch.uint8 or images.ndim != 4:
-        raise ValueError(f"images must be uint8 (N, C, H, W), got {images.dtype} {tuple(images.shape)}")
+    if images.dtype not in (torch.uint8, torch.float32) or images.ndim != 4:
+        raise ValueError(f"images must be uint8 or float32 (N, C, H, W), got {images.dtype} {tuple(images.shape)}")
+    if images.dtype == torch.float32 and not images.square().mean() <= MAX_POWER:
+        raise ValueError("float images must be finite, of a variance of about 1; grey levels 0 … 255 are uint8")
     if images.shape[1] != unet.in_channels:
         raise ValueError(f"the U-Net takes {unet.in_channels} channels, and the images have {images.shape[1]}")
     height, width, divisor = *images.shape[2:], unet.size_divisor
@@ -134,7 +139,7 @@ def train_steps(
     network = _distributed(network, device) if world > 1 else network
     bad_step = torch.zeros((), dtype=torch.long, device=device)  # the first that was not finite; 0: none
 
-    for step, x_0, t, noise, y in training_batches(model, images.to(device), labels, config, done):
+    def update(x_0: Tensor, t: Tensor, noise: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         x_t = diffusion.q_sample(x_0, t, noise).contiguous(memory_format=layout)
         with autocast:
             output = network(x_t, t, y)
@@ -147,9 +152,16 @@ def train_steps(
         grad_norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), config.grad_clip)
         loss = reduce(loss.detach(), "mean")  # over the processes
         finite = (loss + grad_norm).isfinite()
-        lr = learning_rate(step, config)
         for optimizer in optimizers:
-            _step_if(finite, optimizer, lr)
+            _step_if(finite, optimizer)
+        return loss, grad_norm, finite
+
+    if device.type == "cuda" and world == 1 and not scaler.is_enabled():
+        update = Recorded(update)
+    for step, *batch in training_batches(model, images.to(device), labels, config, done):
+        lr = learning_rate(step, config)
+        _set_rate(optimizers, lr)
+        loss, grad_norm, finite = update(*batch)
         scaler.update()
 
         # In fp16 a gradient may overflow now and then: then the scale is lowered, and the run goes on.
@@ -166,7 +178,7 @@ def training_batches(
     model: NoisePredictor, images: Tensor, labels: Tensor | None, config: TrainConfig, done: int
 ) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor | None]]:
     """Lines 2 to 4 of algorithm 1: (step, x_0, t, noise, labels) of each step after the first ``done``, where the
-    uint8 ``images`` are. Some labels are dropped, for classifier-free guidance.
+    ``images`` are. Some labels are dropped, for classifier-free guidance.
 
     Each of several processes draws the whole batch, so that the run is the same for any number of them, and takes every
     ``world``-th item of it: t rises through the batch, and each process is to have small ones and large ones.
@@ -185,7 +197,8 @@ def training_batches(
         index, t, *y = _moved(torch.stack(drawn)[:, rank::world].contiguous(), device)  # one copy for all
         y = torch.stack(y, dim=1).view(-1, *labels.shape[1:]) if y else None
         noise = torch.randn(config.batch_size, *images.shape[1:], generator=on_device, device=device)[rank::world]
-        yield step, to_model_range(images[index]), t, noise, y
+        x_0 = images[index]
+        yield step, to_model_range(x_0) if x_0.dtype == torch.uint8 else x_0, t, noise, y
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:
@@ -193,12 +206,55 @@ def _moved(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def _step_if(finite: Tensor, optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """``optimizer.step()`` at this learning rate, left out (weights, moments and count stay) where ``finite`` is false.
-    Muon and a fused optimizer read this on the device, from the flag that ``GradScaler.step`` gives them too; for
-    others the CPU waits."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+class Recorded:
+    """``update`` as a CUDA graph. Its kernels are many and small, and the CPU takes longer to start them than the GPU to
+    run them; so, after three steps as usual, they are recorded once, and then started together. Where that fails, with a
+    warning, steps go on as usual. Arguments are tensors of the same shapes at each call, or None."""
+
+    def __init__(self, update: Callable[..., tuple[Tensor, ...]]):
+        self.update, self.usual, self.graph, self.stream = update, 3, None, torch.cuda.Stream()
+
+    def __call__(self, *given: Tensor | None) -> tuple[Tensor, ...]:
+        if self.usual:
+            self.usual -= 1
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                found = self.update(*given)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return found
+        if self.graph is None and not self.record(given):
+            self.usual = math.inf
+            return self(*given)
+        for mine, new in zip(self.given, given, strict=True):
+            if mine is not None:
+                mine.copy_(new)
+        self.graph.replay()
+        return tuple(found.clone() for found in self.found)  # the next replay writes into the same memory
+
+    def record(self, given: tuple[Tensor | None, ...]) -> bool:
+        self.given = [None if tensor is None else tensor.clone() for tensor in given]
+        self.graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.found = self.update(*self.given)
+        except RuntimeError as error:
+            warnings.warn(f"steps are not recorded as a CUDA graph, which is slower: {error}", stacklevel=4)
+            return False
+        return True
+
+
+def _set_rate(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+def _step_if(finite: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """``optimizer.step()``, left out (weights, moments and count stay) where ``finite`` is false. Muon and a fused
+    optimizer read this on the device, from the flag that ``GradScaler.step`` gives them too; for others the CPU
+    waits."""
     if isinstance(optimizer, Muon) or optimizer.defaults["fused"]:
         optimizer.found_inf = (~finite).float()
         optimizer.step()

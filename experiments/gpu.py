@@ -22,12 +22,12 @@ from ddpm_tutorial.data import load_fashion_mnist
 from ddpm_tutorial.diffusion import GaussianDiffusion
 from ddpm_tutorial.predictor import NoisePredictor
 from ddpm_tutorial.settings import TEXT, RunSettings, TrainConfig, number, one_of, whole
-from ddpm_tutorial.training import train
+from ddpm_tutorial.training import processes, train
 from ddpm_tutorial.unet import UNet
 
 from . import guidance_sweep, ladder
 from .benchmark.__main__ import speed_benchmark
-from .benchmark.measure import ENDLESS, synchronise
+from .benchmark.measure import ENDLESS, pace
 from .benchmark.peers import shipped_config
 from .common import outcome
 
@@ -37,16 +37,10 @@ UNTIL = {"training": 0.5, "ladder": 0.7, "guidance_sweep": 0.8, "benchmark": 1.0
 def steps_in(seconds: float, model: NoisePredictor, data: str | None, options: dict) -> int:
     """How many steps of training these seconds allow, a start like this one's included."""
     began, images = time.perf_counter(), load_fashion_mnist("train", data)
+    loaded = time.perf_counter() - began
     states = train(model, images.images, images.labels, TrainConfig(ENDLESS, **options))
-    next(states)  # compiles
-    device, ready, count = model.device, time.perf_counter(), 0
-    while count < 200 and time.perf_counter() - ready < seconds / 20:
-        next(states)
-        count += 1
-    synchronise(device)
-    now = time.perf_counter()
-    pace = (now - ready) / max(1, count)
-    return max(2, int((seconds - (now - began) - (ready - began)) / pace))
+    start, step = pace(states, seconds / 20, processes().device)
+    return max(2, int((seconds - (time.perf_counter() - began) - loaded - start) / step))
 
 
 def run(

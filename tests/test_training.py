@@ -18,6 +18,7 @@ from ddpm_tutorial import data as data_module
 from ddpm_tutorial import optimizer as optimizer_module
 from ddpm_tutorial import training
 from ddpm_tutorial.checkpoint import TrainState, save_checkpoint
+from ddpm_tutorial.data import to_model_range
 from ddpm_tutorial.losses import simple_loss
 from ddpm_tutorial.optimizer import make_optimizers
 from ddpm_tutorial.settings import TrainConfig
@@ -148,12 +149,23 @@ def test_bad_data_is_refused_before_the_first_step(data):
         (images, labels[:-1], r"labels must be \(70,\)"),
         (images, labels + 1, "0 … 9.*got 1 … 10"),
         (images.float(), labels, "uint8"),
+        (images.double() / 255, labels, "uint8 or float32"),
+        (images.float() * torch.nan, labels, "finite"),
         (images[:10], labels[:10], "1 … 10 .*got 16"),
         (images.repeat(1, 3, 1, 1), labels, "takes 1 channels, and the images have 3"),
         (images[:, :, :26], labels, "26×28.*divisible by 4: 24 or 28 or 32"),
     ]:
         with pytest.raises(ValueError, match=message):
             train(new_model(), bad_images, bad_labels, CONFIG)
+
+
+def test_float_data_goes_in_as_it_is(data):
+    """Images already scaled train the same network as uint8 ones: latents need no other loop."""
+    images, labels = data
+    config = replace(CONFIG, num_train_steps=3)
+    *_, scaled = train(new_model(), to_model_range(images), labels, config)
+    *_, last = train(new_model(), images, labels, config)
+    assert torch.equal(weights(scaled.model), weights(last.model))
 
 
 def test_gradient_is_clipped(data):

@@ -127,6 +127,20 @@ def timed(call: Callable[[], None], repeats: int, device: torch.device) -> tuple
     return (time.perf_counter() - wall) / repeats, (time.process_time() - cpu) / repeats
 
 
+def pace(states: Iterator, seconds: float, device: torch.device) -> tuple[float, float]:
+    """Of a loop of training: the seconds until its first step is done, and of each step after it, by up to 200 of them
+    in these ``seconds``."""
+    began = time.perf_counter()
+    next(states)  # compiles
+    synchronise(device)
+    ready, count = time.perf_counter(), 0
+    while count < 200 and (count == 0 or time.perf_counter() - ready < seconds):
+        next(states)
+        count += 1
+    synchronise(device)
+    return ready - began, (time.perf_counter() - ready) / count
+
+
 def reason(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]

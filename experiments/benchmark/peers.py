@@ -6,6 +6,7 @@ K. Rasul, 2022), written from its description for this comparison.
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -190,11 +191,16 @@ def parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def operations(model: nn.Module) -> int:
-    """Floating-point operations of one evaluation of one image: matrix products, convolutions and attention. Counted on
-    the CPU (the meta device takes twice as long)."""
+def operations(model: nn.Module, shape: tuple[int, ...] = IMAGE) -> int:
+    """Floating-point operations of one evaluation of one image. Counted on the CPU (the meta device takes twice as
+    long)."""
+    return operations_of(lambda: model(torch.zeros(1, *shape), torch.ones(1, dtype=torch.long)))
+
+
+def operations_of(call: Callable[[], object]) -> int:
+    """Floating-point operations of a call: matrix products, convolutions and attention."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, *IMAGE), torch.ones(1, dtype=torch.long))
+        call()
     return counter.get_total_flops()
 
 

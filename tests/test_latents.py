@@ -1,0 +1,188 @@
+"""The autoencoder and diffusion on its latents (chapter 12), and experiments/latents.py at a tiny size."""
+
+import json
+import math
+
+import pytest
+import torch
+from small_run import CONFIG, new_model
+from torch.distributions import Normal, kl_divergence
+from torch.testing import assert_close
+
+from ddpm_tutorial import metrics
+from ddpm_tutorial.data import load_fashion_mnist, to_model_range
+from ddpm_tutorial.guidance import classifier_free
+from ddpm_tutorial.latents import Autoencoder, autoencoder_loss, kl_to_standard, train_autoencoder
+from ddpm_tutorial.predictor import NoisePredictor
+from ddpm_tutorial.sampling import sample_ddim
+from ddpm_tutorial.training import train
+from experiments import latents as experiment
+from experiments.common import fingerprint
+
+
+def small(seed: int = 0) -> Autoencoder:
+    torch.manual_seed(seed)
+    return Autoencoder(channels=8).eval()
+
+
+# ---------------------------------------------------------------------------------------------- the autoencoder
+def test_images_become_sixteenths_and_come_back(data):
+    x = to_model_range(data[0][:3])
+    latents = small().encode(x)
+    assert latents.shape == (3, 4, 7, 7) and small().decode(latents).shape == x.shape
+    assert small().encode(x[..., :20]).shape == (3, 4, 7, 5)
+
+
+def test_the_kl_is_that_of_torch():
+    mean, log_variance = torch.randn(2, 5, 4, 7, 7, generator=torch.Generator().manual_seed(0))
+    expected = kl_divergence(Normal(mean, (log_variance / 2).exp()), Normal(0.0, 1.0)).sum((1, 2, 3))
+    assert_close(kl_to_standard(mean, log_variance), expected)
+
+
+def test_the_loss_is_a_negative_elbo_up_to_constants(data):
+    """With the decoder's variance kl_weight · D / 2, as its docstring says."""
+    model, x = small(), to_model_range(data[0][:6])
+    noise = torch.randn(6, 4, 7, 7, generator=torch.Generator().manual_seed(1))
+    weight, size = 3e-4, x[0].numel()
+    variance = weight * size / 2
+    found, mean, log_variance = model(x, noise)
+    log_p = Normal(found, math.sqrt(variance)).log_prob(x).sum((1, 2, 3))
+    bound = (kl_to_standard(mean, log_variance) - log_p).mean()
+    loss = autoencoder_loss(model, x, noise, weight)
+    assert_close(loss * size / (2 * variance) + size / 2 * math.log(2 * math.pi * variance), bound)
+
+
+def test_the_decoder_gets_mean_plus_deviation_times_noise(data):
+    model, x = small(), to_model_range(data[0][:2])
+    noise = torch.randn(2, 4, 7, 7, generator=torch.Generator().manual_seed(2))
+    found, mean, log_variance = model(x, noise)
+    assert_close(found, model.decoder(mean + log_variance.exp().sqrt() * noise))
+    assert_close(model(x, torch.zeros_like(noise))[0], model.decode(model.encode(x)))
+
+
+def test_one_factor_gives_variance_1_and_changes_no_reconstruction(data):
+    model, x = small(), to_model_range(data[0][:5])
+    before = model.decode(model.encode(x))
+    model.fit_scale(data[0])
+    assert model.encode_images(data[0]).std().item() == pytest.approx(1, abs=1e-5) and model.scale != 1
+    assert_close(model.decode(model.encode(x)), before, rtol=1e-4, atol=1e-5)
+    scale = model.scale
+    model.fit_scale(data[0])
+    assert model.scale == pytest.approx(scale)
+    assert Autoencoder(**model.config).scale == model.scale
+
+
+def test_it_learns(data):
+    losses = [loss.item() for _, loss in train_autoencoder(small(), data[0], 60, batch_size=35)]
+    assert sum(losses[-5:]) < 0.4 * sum(losses[:5])
+
+
+def test_the_same_seed_gives_the_same_weights(data):
+    def after(seed):
+        model = small()
+        list(train_autoencoder(model, data[0], 3, batch_size=8, seed=seed))
+        assert not model.training
+        return model.decoder[-1].weight
+
+    assert torch.equal(after(0), after(0)) and not torch.equal(after(0), after(1))
+
+
+@pytest.mark.parametrize("make, complaint", [
+    (lambda: Autoencoder(channels=0), "channels"),
+    (lambda: Autoencoder(scale=0.0), "scale must be above 0"),
+    (lambda: small().encode(torch.zeros(2, 1, 28, 28, dtype=torch.uint8)), "x must be floats"),
+    (lambda: small().encode(torch.zeros(2, 3, 28, 28)), r"x must be \(B, 1, H, W\)"),
+    (lambda: small().encode(torch.zeros(2, 1, 28, 26)), "divisible by 4"),
+])  # fmt: skip
+def test_bad_input_is_refused(make, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        make()
+
+
+# ------------------------------------------------------------------------------------- diffusion on its latents
+def test_the_same_loop_and_samplers_work_on_latents(data):
+    autoencoder = small()
+    autoencoder.fit_scale(data[0])
+    latents = autoencoder.encode_images(data[0])
+    shape = {"in_channels": 4, "patch_size": 1, "channel_mults": [1], "attention_levels": [0]}
+    network = new_model(target="v", **shape).unet
+    model = NoisePredictor(network, new_model().diffusion, "v", (4, 7, 7))
+    *_, last = train(model, latents, data[1], CONFIG)
+    assert last.loss.isfinite() and last.model.image_shape == (4, 7, 7)
+    guided = classifier_free(last.ema.module, torch.tensor([0, 1]), 2.0)
+    *_, end = sample_ddim(guided, model.diffusion, (2, 4, 7, 7), num_inference_steps=3, clip_denoised=False)
+    assert autoencoder.decode(end.x_t).shape == (2, 1, 28, 28)
+
+
+# ----------------------------------------------------------------------------------------------- the experiment
+class Small(Autoencoder):
+    def __init__(self, channels: int = 8, **options):
+        super().__init__(channels=channels, **options)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    def few(split, source):
+        data = load_fashion_mnist(split, source)
+        return data._replace(images=data.images[:300], labels=data.labels[:300])
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    monkeypatch.setattr(experiment, "load_fashion_mnist", few)
+    monkeypatch.setattr(experiment, "Autoencoder", Small)
+    monkeypatch.setattr(experiment, "AUTOENCODER", {"batch_size": 16, "lr": 1e-3})
+    monkeypatch.setattr(experiment, "shipped_config", lambda: {"channels": 8, "patch_size": 2, "num_classes": 10})
+    monkeypatch.setattr(metrics, "REAL_SUBSETS", 2)
+
+    def run(out, *options):
+        size = ["--batch-size", "16", "--channels", "8", "--num-images", "100"]
+        return experiment.main([*size, "--data", "sample", "--device", "cpu", "--out", str(out), *options])
+
+    return run
+
+
+def test_a_folder_of_weights_and_results(tiny, tmp_path, monkeypatch):
+    out = tmp_path / "latents"
+    assert tiny(out, "--num-train-steps", "3") == 0
+    result = json.loads((out / "latents.json").read_text())
+    latent, pixel = result["rows"]
+    assert (latent["model"], pixel["model"]) == ("latent", "pixel")
+    assert latent["weights"] == {name: fingerprint(out / name) for name in ("autoencoder", "diffusion")}
+    assert latent["num_train_steps"] == {"autoencoder": 3, "diffusion": 3} and pixel["num_train_steps"] == {"pixel": 3}
+    assert latent["operations"] < pixel["operations"]
+    assert latent["reconstruction"]["rms_grey_levels"] > 0 and latent["reconstruction"]["bits_per_dim"] > 0
+    assert "sample" not in result["command"] and result["settings"]["num_train_steps"] == 3
+
+    autoencoder = Small.from_pretrained(out / "autoencoder")
+    images = experiment.load_fashion_mnist("train", "sample").images
+    assert autoencoder.encode_images(images).std().item() == pytest.approx(1, abs=1e-3)
+    model = NoisePredictor.from_pretrained(out / "diffusion")
+    assert model.image_shape == (4, 7, 7) and model.class_names[1] == "Trouser"
+    kept = model.unet.conv_in.weight
+    assert torch.equal(kept, kept.half().float()) and model.diffusion.exact_betas.dtype == torch.float64
+
+    monkeypatch.setattr(experiment, "train", lambda *_: pytest.fail("it was trained twice"))
+    (out / "latents.json").unlink()
+    assert tiny(out, "--num-train-steps", "3") == 0
+    again = json.loads((out / "latents.json").read_text())["rows"][0]
+    assert again["frechet_distance"] == pytest.approx(latent["frechet_distance"], rel=1e-4)
+
+
+def test_each_model_gets_the_seconds(tiny, tmp_path):
+    """One row at a time: the same command goes on."""
+    assert tiny(tmp_path / "a", "--seconds", "0.6", "--models", "latent") == 0
+    (row,) = json.loads((tmp_path / "a" / "latents.json").read_text())["rows"]
+    assert set(row["training_seconds"]) == {"autoencoder", "diffusion"}
+    assert min(row["num_train_steps"].values()) >= 2
+    assert tiny(tmp_path / "a", "--seconds", "0.6") == 0
+    rows = json.loads((tmp_path / "a" / "latents.json").read_text())["rows"]
+    assert [row["model"] for row in rows] == ["latent", "pixel"]
+
+
+@pytest.mark.parametrize("options, complaint", [
+    (["--num-images", "96"], "--num-images must lie in 97 … 300"),
+    (["--data", "no-such-folder"], "no-such-folder"),
+])  # fmt: skip
+def test_bad_values_are_one_line_and_status_2(tiny, tmp_path, capsys, options, complaint):
+    assert tiny(tmp_path / "a", *options) == 2
+    error = capsys.readouterr().err
+    assert complaint in error and error.count("\n") == 1
