@@ -16,6 +16,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .files import SHIPPED_WEIGHTS
+
+EMOJI_WEIGHTS = SHIPPED_WEIGHTS / "emoji"  # of a ``NoisePredictor`` whose classes are the words
 EMOJI_FOLDER = Path(__file__).parent / "emoji"
 EMOJI_SIZE = 32
 MIN_COUNT = 2  # a word that fewer emoji have is left out of the vocabulary: it would be the name of one image

@@ -2,10 +2,12 @@
 
 Trains the network that ships, on all emoji and their captions; then the same one three times without words, a third as
 long, on 100, 1,000 and all emoji, and draws samples at a quarter, at half and at the end of each. On a GPU in bf16 and
-compiled; a few minutes of one are enough.
+compiled, where a few minutes are enough; --compile does so on a CPU, which should have instructions for bf16.
 
-FOLDER gets config.json and model.safetensors (16-bit), the samples as memory.npz, a grid of captions as captions.png,
-and how all of it was made as training.json.
+FOLDER gets config.json and model.safetensors (16-bit) and how they were made as training.json; how near the samples
+come to the images of their training as emoji.json, eight samples of each run as emoji.npz, all as memory.npz; and a
+grid of captions as captions.png. To ship them, copy the first three to ddpm_tutorial/weights/emoji and the next two to
+ddpm_tutorial/results.
 """
 
 import argparse
@@ -27,6 +29,7 @@ from ddpm_tutorial.command.arguments import Parser
 from ddpm_tutorial.data import seeded_generator
 from ddpm_tutorial.diffusion import GaussianDiffusion
 from ddpm_tutorial.guidance import classifier_free
+from ddpm_tutorial.metrics import nearest_neighbours
 from ddpm_tutorial.predictor import NoisePredictor
 from ddpm_tutorial.sampling import sample_ddim, sample_images
 from ddpm_tutorial.settings import TrainConfig, number, one_of, whole
@@ -37,6 +40,7 @@ from ddpm_tutorial.words import captions_of, load_emoji
 SUBSETS = (100, 1000, 1911)  # how many emoji the three runs without words see
 MEMORY_SHARE = 1 / 3  # their steps over those of the network that ships
 RESERVE = 0.8  # of the time that is left after compiling, for the steps; the rest is for drawing samples
+QUANTILES = (5, 25, 50, 75, 95)  # in percent
 SHOWN = ("red heart", "green heart", "blue apple", "cat face", "smiling face with tears", "person running", "flag", "")
 
 
@@ -46,9 +50,14 @@ def network(vocabulary: tuple[str, ...], channels: int) -> NoisePredictor:
     return NoisePredictor(unet, GaussianDiffusion.from_schedule("cosine"), "v", (3, 32, 32), vocabulary)
 
 
+def shuffled(count: int) -> Tensor:
+    """The order in which the three runs take images: a run of more images has those of a run of fewer."""
+    return torch.randperm(count, generator=seeded_generator(0))
+
+
 def subset(images: Tensor, count: int, batch_size: int) -> Tensor:
-    """``count`` of the images, the same ones in every run, as often as makes a batch."""
-    chosen = images[torch.randperm(len(images), generator=seeded_generator(0))[:count]]
+    """``count`` of the images, as often as makes a batch."""
+    chosen = images[shuffled(len(images))[:count]]
     return chosen.repeat(-(-batch_size // count), 1, 1, 1) if count < batch_size else chosen
 
 
@@ -73,10 +82,38 @@ def steps_of(model: NoisePredictor, images: Tensor, captions: Tensor, config: Tr
         yield state
 
 
+def nearness(distances: Tensor) -> dict[str, float]:
+    """Quantiles of distances to the nearest training image, in grey levels."""
+    return {f"q{q}": round(distances.quantile(q / 100).item(), 2) for q in QUANTILES}
+
+
+def memory_rows(samples: dict[str, Tensor], images: Tensor, batch_size: int) -> list[dict]:
+    """How near samples come to the images of their training, and how near images come that were not in it (of all
+    images: each to the others). A copy is nearer than 95 of 100 such new images are. ``samples`` by kind-count-step."""
+    order, rows, new = shuffled(len(images)), [], {}
+    for name, drawn in samples.items():
+        kind, count, step = name.split("-")
+        count, step = int(count), int(step)
+        seen, unseen = images[order[:count]], images[order[count:]]
+        if count not in new:
+            if len(unseen):
+                new[count] = nearest_neighbours(unseen, seen)[0]
+            else:
+                apart = torch.cdist(*[images.flatten(1).float()] * 2).fill_diagonal_(torch.inf)
+                new[count] = apart.min(1).values / images[0].numel() ** 0.5
+            rows.append({"samples": "new images", "num_images": count} | nearness(new[count]))
+        distances = nearest_neighbours(drawn, seen)[0]
+        copies = (distances < new[count].quantile(0.05)).double().mean().item()
+        passes = round(step * batch_size / count, 1)
+        told = {"samples": kind, "num_images": count, "step": step, "passes": passes, "copies": round(copies, 3)}
+        rows.append(told | nearness(distances))
+    return rows
+
+
 def pace(model: NoisePredictor, images: Tensor, captions: Tensor, options: dict) -> float:
-    """Seconds a step, after the compilation."""
+    """Seconds a step, once all is compiled and recorded."""
     states = train(model, images, captions, TrainConfig(10**9, **options))
-    for _ in range(3):
+    for _ in range(6):
         next(states).loss.item()
     began = time.perf_counter()
     for _ in range(30):
@@ -86,11 +123,12 @@ def pace(model: NoisePredictor, images: Tensor, captions: Tensor, options: dict)
 
 
 def run(minutes: float | None, num_train_steps: int | None, out: Path, channels: int, batch_size: int, num_samples: int,
-        cuda: bool) -> None:  # fmt: skip
+        compile: bool, cuda: bool) -> None:  # fmt: skip
     began = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     emoji = load_emoji()
-    options = {"batch_size": batch_size, "precision": "bf16" if cuda else "no", "compile": cuda}
+    fast = cuda or compile
+    options = {"batch_size": batch_size, "precision": "bf16" if fast else "no", "compile": fast}
     if num_train_steps is None:
         each = pace(network(emoji.vocabulary, channels), emoji.images, emoji.captions, options)
         left = RESERVE * (60 * minutes - (time.perf_counter() - began))
@@ -105,7 +143,7 @@ def run(minutes: float | None, num_train_steps: int | None, out: Path, channels:
     rows = [text for text in SHOWN for _ in range(8)]
     grids = [draw(model, rows, scale) for scale in (1.0, 3.0)]
     save_image(torch.cat(grids).float() / 255, out / "captions.png", nrow=8)
-    samples = {f"captions-{len(emoji.images)}-{num_train_steps}": draw(model, num_samples)}
+    samples = {f"words-{len(emoji.images)}-{num_train_steps}": draw(model, num_samples)}
     kept = copy.deepcopy(model)
     kept.unet.half()
     kept.save_pretrained(out)
@@ -117,8 +155,10 @@ def run(minutes: float | None, num_train_steps: int | None, out: Path, channels:
         no_words = torch.zeros(len(images), emoji.captions.shape[1], dtype=torch.long)
         for state in steps_of(network(emoji.vocabulary, channels), images, no_words, config):
             if state.step in (steps // 4, steps // 2, steps):
-                samples[f"{count}-{state.step}"] = draw(state.ema.module, num_samples)
+                samples[f"plain-{count}-{state.step}"] = draw(state.ema.module, num_samples)
     np.savez_compressed(out / "memory.npz", **{name: images.numpy() for name, images in samples.items()})
+    shown = {name: drawn[:8].numpy() for name, drawn in samples.items()}
+    np.savez_compressed(out / "emoji.npz", **shown)
     info = {
         "command": "python -m experiments.emoji --out FOLDER "
         + (f"--num-train-steps {num_train_steps}" if minutes is None else f"--minutes {minutes:g}"),
@@ -128,6 +168,8 @@ def run(minutes: float | None, num_train_steps: int | None, out: Path, channels:
         "device": torch.cuda.get_device_name() if cuda else "cpu",
     }  # fmt: skip
     (out / "training.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+    table = {"settings": info | {"num_samples": num_samples}, "rows": memory_rows(samples, emoji.images, batch_size)}
+    (out / "emoji.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {out}")
 
 
@@ -140,6 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     how_long.add_argument("--num-train-steps", type=whole(), metavar="N", help="of the network that ships")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for weights and samples")
     parser.add_argument("--device", type=one_of("cuda", "cpu"), default=found, metavar="X", help="cuda or cpu")
+    parser.add_argument("--compile", action="store_true", help="bf16 and compiled on a CPU, too")
     parser.add_argument("--channels", type=whole(), default=48, metavar="N", help="width")
     parser.add_argument("--batch-size", type=whole(), default=256, metavar="N", help="images a step")
     parser.add_argument("--num-samples", type=whole(), default=256, metavar="N", help="of each run, for its memory")

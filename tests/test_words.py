@@ -79,6 +79,30 @@ def test_captions_of_texts():
         captions_of(["red apples"], vocabulary)
 
 
+# ------------------------------------------------------------------------- noise in colour and at other sizes
+def test_the_mean_of_many_numbers_is_seen_longer():
+    """(11.1): the mean of n numbers has the signal of one and 1/n of the noise's variance."""
+    diffusion, x_0 = GaussianDiffusion.from_schedule(), torch.full((20_000, 3, 4, 4), 0.5)
+    means = diffusion.q_sample(x_0, 700, torch.randn(x_0.shape, generator=seeded_generator(0))).flatten(1).mean(1)
+    alpha_bar = diffusion.alphas_cumprod[700]
+    std = ((1 - alpha_bar) / 48).sqrt().item()
+    torch.testing.assert_close(means.mean(), 0.5 * alpha_bar.sqrt(), rtol=0, atol=5 * std / 20_000**0.5)
+    torch.testing.assert_close(means.std().item(), std, rtol=5 / 40_000**0.5, atol=0)
+
+
+def test_a_larger_image_needs_more_noise():
+    """(11.2): an image of twice the side, at a quarter of the signal-to-noise ratio, shows as much in means of 2×2."""
+    snr = 3.0
+    small, large = snr / (1 + snr), snr / 4 / (1 + snr / 4)  # alpha-bar
+    image = torch.randn(1, 1, 8, 8, generator=seeded_generator(0))
+    noise = torch.randn(4000, 1, 16, 16, generator=seeded_generator(1))
+    noisy = large**0.5 * image.repeat_interleave(2, 2).repeat_interleave(2, 3) + (1 - large) ** 0.5 * noise
+    means = torch.nn.functional.avg_pool2d(noisy, 2) * (small / large) ** 0.5  # the small image's signal
+    std = (1 - small) ** 0.5
+    torch.testing.assert_close(means.mean(0, keepdim=True), small**0.5 * image, rtol=0, atol=6 * std / 4000**0.5)
+    torch.testing.assert_close(means.std(0).mean().item(), std, rtol=0.01, atol=0)
+
+
 # ----------------------------------------------------------------------------- captions in the network
 def test_a_caption_is_the_mean_of_its_words(predictor, noisy):
     x_t, t = noisy
@@ -171,6 +195,16 @@ def test_a_subset_fills_a_batch():
     assert set(few.unique().tolist()) < set(experiment.subset(images, 40, 32).unique().tolist())
 
 
+def test_copies_are_told_from_new_images():
+    images = torch.randint(256, (40, 3, 8, 8), generator=seeded_generator(0)).to(torch.uint8)
+    seen = images[experiment.shuffled(40)[:20]]
+    new = torch.randint(256, (10, 3, 8, 8), generator=seeded_generator(1)).to(torch.uint8)
+    rows = experiment.memory_rows({"plain-20-5": torch.cat([seen[:10], new]), "plain-40-5": new}, images, 8)
+    assert [row["samples"] for row in rows] == ["new images", "plain", "new images", "plain"]
+    assert rows[1]["copies"] in (0.5, 0.55) and rows[1]["q5"] == 0 and rows[1]["passes"] == 2
+    assert rows[3]["copies"] < 0.3 and abs(rows[3]["q50"] - rows[2]["q50"]) < 8
+
+
 def test_the_experiment_leaves_weights_and_samples(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     monkeypatch.setattr(experiment, "SUBSETS", (4, 1911))
@@ -184,7 +218,10 @@ def test_the_experiment_leaves_weights_and_samples(tmp_path, monkeypatch):
     assert stored["betas"].dtype == torch.float64 and stored["label_emb.weight"].dtype == torch.float16
     assert torch.equal(model.diffusion.exact_betas, GaussianDiffusion.from_schedule("cosine").exact_betas)
     samples = np.load(out / "memory.npz")
-    assert set(samples) == {"captions-1911-2", *(f"{n}-{step}" for n in (4, 1911) for step in (1, 2, 4))}
-    assert samples["4-4"].shape == (2, 3, 32, 32) and samples["4-4"].dtype == np.uint8
+    assert set(samples) == {"words-1911-2", *(f"plain-{n}-{step}" for n in (4, 1911) for step in (1, 2, 4))}
+    assert samples["plain-4-4"].shape == (2, 3, 32, 32) and samples["plain-4-4"].dtype == np.uint8
+    assert set(np.load(out / "emoji.npz")) == set(samples)
+    rows = json.loads((out / "emoji.json").read_text())["rows"]
+    assert len(rows) == len(samples) + 2 and rows[-1]["passes"] == round(4 * 8 / 1911, 1)
     assert json.loads((out / "training.json").read_text())["memory_steps"] == 4
     assert (out / "captions.png").exists()
