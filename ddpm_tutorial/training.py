@@ -207,9 +207,9 @@ def _moved(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 class Recorded:
-    """``update`` as a CUDA graph. Its kernels are many and small, and the CPU takes longer to start them than the GPU to
-    run them; so, after three steps as usual, they are recorded once, and then started together. Where that fails, with a
-    warning, steps go on as usual. Arguments are tensors of the same shapes at each call, or None."""
+    """``update`` as a CUDA graph. Its kernels are many and small, and the CPU takes longer to start them than the GPU
+    to run them; so, after three steps as usual, they are recorded once, and then started together. Where that fails,
+    with a warning, steps go on as usual. Arguments are tensors of the same shapes at each call, or None."""
 
     def __init__(self, update: Callable[..., tuple[Tensor, ...]]):
         self.update, self.usual, self.graph, self.stream = update, 3, None, torch.cuda.Stream()
