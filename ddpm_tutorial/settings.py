@@ -89,7 +89,8 @@ class Settings:
 
 @dataclass(frozen=True)
 class TrainConfig(Settings):
-    """What a training depends on; the defaults made the shipped weights. ValueError names a setting out of range."""
+    """What a training depends on; the defaults suit some hours of two CPU cores. ValueError names a setting that is
+    out of range."""
 
     num_train_steps: int = setting(40_000, whole(), "optimiser steps")
     batch_size: int = setting(64, whole(), "images a step, over all processes together")

@@ -79,7 +79,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", type=one_of("cuda", "cpu"), default=found, metavar="X", help="cuda or cpu")
     parser.add_argument("--num-images", type=whole(), default=2000, metavar="N", help="images a row")
     parser.add_argument("--channels", type=whole(), default=shipped_config()["channels"], metavar="N", help="width")
-    parser.add_argument("--batch-size", type=whole(), default=TrainConfig().batch_size, metavar="N", help="images")
+    # a step of few images leaves most of a GPU idle
+    batch_size = 1024 if found == "cuda" else TrainConfig().batch_size
+    parser.add_argument("--batch-size", type=whole(), default=batch_size, metavar="N", help="images a step")
     args = vars(parser.parse_args(argv))
     if args["device"] == "cuda" and found == "cpu":
         parser.error("--device: no CUDA GPU is found here")

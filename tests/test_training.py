@@ -147,7 +147,7 @@ def test_bad_data_is_refused_before_the_first_step(data):
     for bad_images, bad_labels, message in [
         (images, None, "needs labels"),
         (images, labels[:-1], r"labels must be \(70,\)"),
-        (images, labels + 1, "0 … 9.*got 1 … 10"),
+        (images, labels + 1, "0 … 9.*in 1 … 10"),
         (images.float(), labels, "uint8"),
         (images.double() / 255, labels, "uint8 or float32"),
         (images.float() * torch.nan, labels, "finite"),
@@ -436,3 +436,14 @@ def test_every_setting_of_the_config_is_used():
     source = "".join(open(module.__file__, encoding="utf-8").read() for module in (training, optimizer_module))
     for name in TrainConfig.__dataclass_fields__:
         assert f"config.{name}" in source, name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA GPU")
+def test_recorded_steps_are_the_usual_ones(data, monkeypatch):
+    def end():
+        *_, last = train(new_model(), *data, TrainConfig(num_train_steps=8, batch_size=16))
+        return weights(last.model)
+
+    recorded = end()
+    monkeypatch.setattr(training, "Recorded", lambda update: update)
+    assert_close(recorded, end(), rtol=1e-3, atol=1e-3)
