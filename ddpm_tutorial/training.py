@@ -209,6 +209,8 @@ class Recorded:
         self.update, self.usual, self.graph, self.stream = update, 3, None, torch.cuda.Stream()
 
     def __call__(self, *given: Tensor | None) -> tuple[Tensor, ...]:
+        if self.graph is None and not self.usual:
+            self.record(given)
         if self.usual:
             self.usual -= 1
             self.stream.wait_stream(torch.cuda.current_stream())
@@ -216,25 +218,21 @@ class Recorded:
                 found = self.update(*given)
             torch.cuda.current_stream().wait_stream(self.stream)
             return found
-        if self.graph is None and not self.record(given):
-            self.usual = math.inf
-            return self(*given)
         for mine, new in zip(self.given, given, strict=True):
             if mine is not None:
                 mine.copy_(new)
         self.graph.replay()
         return tuple(found.clone() for found in self.found)  # the next replay writes into the same memory
 
-    def record(self, given: tuple[Tensor | None, ...]) -> bool:
-        self.given = [None if tensor is None else tensor.clone() for tensor in given]
-        self.graph = torch.cuda.CUDAGraph()
+    def record(self, given: tuple[Tensor | None, ...]) -> None:
+        self.given, graph = [None if tensor is None else tensor.clone() for tensor in given], torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(self.graph, stream=self.stream):
+            with torch.cuda.graph(graph, stream=self.stream):
                 self.found = self.update(*self.given)
+            self.graph = graph
         except RuntimeError as error:
             warnings.warn(f"steps are not recorded as a CUDA graph, which is slower: {error}", stacklevel=4)
-            return False
-        return True
+            self.usual = math.inf
 
 
 def _set_rate(optimizers: list[torch.optim.Optimizer], lr: float) -> None:

@@ -23,7 +23,7 @@ from ddpm_tutorial.command.arguments import Parser
 from ddpm_tutorial.files import written_aside
 from ddpm_tutorial.predictor import NoisePredictor
 from ddpm_tutorial.results import RESULTS_FOLDER
-from ddpm_tutorial.settings import SEED, TEXT
+from ddpm_tutorial.settings import SEED, TEXT, one_of
 
 # Of the settings: the hashes of trained networks, and what a benchmark runs.
 MADE_WITH = ("weights", "classifier", "noisy_classifier", "network", "ddpm_tutorial")
@@ -68,6 +68,18 @@ def run_command(parser: Parser, argv: list[str] | None, run: Callable[..., None]
     if status == 130:
         print(f"stopped; the same command goes on with {given['out']}", file=sys.stderr)
     return status
+
+
+def parsed_for_device(parser: Parser, argv: list[str] | None) -> dict:
+    """The options that are given, with one more: --device, a ``torch.device`` that then holds for the process."""
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=one_of("cuda", "cpu"), default=found, metavar="X", help="cuda or cpu")
+    args = vars(parser.parse_args(argv))
+    if args["device"] == "cuda" and found == "cpu":
+        parser.error("--device: no CUDA GPU is found here")
+    if args["device"] == "cpu":
+        os.environ["ACCELERATE_USE_CPU"] = "1"
+    return args | {"device": torch.device(args["device"])}
 
 
 def outcome(prog: str, run: Callable[[], None], out: Path) -> int:

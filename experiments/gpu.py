@@ -9,7 +9,6 @@ what is complete and made with the shipped weights, and makes the rest again.
 """
 
 import argparse
-import os
 import sys
 import time
 from pathlib import Path
@@ -21,7 +20,7 @@ from ddpm_tutorial.command.arguments import Parser
 from ddpm_tutorial.data import load_fashion_mnist
 from ddpm_tutorial.diffusion import GaussianDiffusion
 from ddpm_tutorial.predictor import NoisePredictor
-from ddpm_tutorial.settings import TEXT, RunSettings, TrainConfig, number, one_of, whole
+from ddpm_tutorial.settings import TEXT, RunSettings, TrainConfig, number, whole
 from ddpm_tutorial.training import processes, train
 from ddpm_tutorial.unet import UNet
 
@@ -29,7 +28,7 @@ from . import guidance_sweep, ladder
 from .benchmark.__main__ import speed_benchmark
 from .benchmark.measure import ENDLESS, pace
 from .benchmark.peers import shipped_config
-from .common import outcome
+from .common import outcome, parsed_for_device
 
 UNTIL = {"training": 0.5, "ladder": 0.7, "guidance_sweep": 0.8, "benchmark": 1.0}  # shares of the time
 
@@ -70,24 +69,17 @@ def run(
 
 
 def main(argv: list[str] | None = None) -> int:
-    found = "cuda" if torch.cuda.is_available() else "cpu"
     parser = Parser(prog="python -m experiments.gpu", description="Train and measure on a GPU in a few minutes.",
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
     parser.add_argument("--minutes", type=number("above 0", lambda m: m > 0), default=9, metavar="M", help="in all")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for weights and results")
     parser.add_argument("--data", type=TEXT, metavar="SOURCE", help="Fashion-MNIST: hub, sample or a folder")
-    parser.add_argument("--device", type=one_of("cuda", "cpu"), default=found, metavar="X", help="cuda or cpu")
     parser.add_argument("--num-images", type=whole(), default=2000, metavar="N", help="images a row")
     parser.add_argument("--channels", type=whole(), default=shipped_config()["channels"], metavar="N", help="width")
     # a step of few images leaves most of a GPU idle
-    batch_size = 1024 if found == "cuda" else TrainConfig().batch_size
+    batch_size = 1024 if torch.cuda.is_available() else TrainConfig().batch_size
     parser.add_argument("--batch-size", type=whole(), default=batch_size, metavar="N", help="images a step")
-    args = vars(parser.parse_args(argv))
-    if args["device"] == "cuda" and found == "cpu":
-        parser.error("--device: no CUDA GPU is found here")
-    if args["device"] == "cpu":
-        os.environ["ACCELERATE_USE_CPU"] = "1"
-    args["device"] = torch.device(args["device"])
+    args = parsed_for_device(parser, argv)
     return outcome(parser.prog, lambda: run(**args), args["out"])
 
 

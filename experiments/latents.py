@@ -12,7 +12,6 @@ kept, and judged, in 16 bits.
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -39,7 +38,7 @@ from ddpm_tutorial.unet import UNet
 
 from .benchmark.measure import ENDLESS, pace, synchronise
 from .benchmark.peers import operations, operations_of, parameters, shipped_config
-from .common import Table, fingerprint, outcome
+from .common import Table, fingerprint, outcome, parsed_for_device
 
 MODELS = ("latent", "pixel")
 AUTOENCODER_SHARE = 1 / 3  # of the seconds
@@ -265,7 +264,6 @@ def run(
 
 
 def main(argv: list[str] | None = None) -> int:
-    found = "cuda" if torch.cuda.is_available() else "cpu"
     parser = Parser(prog="python -m experiments.latents", description="Diffusion on latents beside pixels.",
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for weights and results")
@@ -279,13 +277,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--num-images", type=whole(), default=2000, metavar="N", help="samples a row")
     parser.add_argument("--seed", type=SEED, default=0, metavar="N", help="of training and sampling")
     parser.add_argument("--compile", action="store_true", help="torch.compile both U-Nets: a minute before training")
-    parser.add_argument("--device", type=one_of("cuda", "cpu"), default=found, metavar="X", help="cuda or cpu")
-    args = vars(parser.parse_args(argv))
-    device = args.pop("device")
-    if device == "cuda" and found == "cpu":
-        parser.error("--device: no CUDA GPU is found here")
-    if device == "cpu":
-        os.environ["ACCELERATE_USE_CPU"] = "1"
+    args = parsed_for_device(parser, argv)
+    del args["device"]  # processes() has it
     return outcome(parser.prog, lambda: run(**args), args["out"])
 
 

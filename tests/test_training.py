@@ -438,6 +438,45 @@ def test_every_setting_of_the_config_is_used():
         assert f"config.{name}" in source, name
 
 
+@pytest.fixture
+def cuda_graphs(monkeypatch):
+    """CUDA's streams and graphs where there are none: ``play`` is what a graph replays, ``begin`` begins to record."""
+    stream, here = SimpleNamespace(wait_stream=lambda other: None), SimpleNamespace(play=None)
+    here.begin = lambda graph, stream: contextlib.nullcontext()
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: here.play()))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: here.begin(graph, stream))
+    return here
+
+
+def test_what_is_recorded_gives_each_call_its_own_answer(cuda_graphs):
+    calls = []
+
+    def double(x, nothing):
+        calls.append(x)
+        return (2 * x,)
+
+    def play():
+        recorded.found[0].copy_(2 * recorded.given[0])
+
+    recorded, cuda_graphs.play = training.Recorded(double), play
+    answers = [recorded(torch.tensor(float(i)), None)[0] for i in range(7)]
+    assert torch.equal(torch.stack(answers), 2.0 * torch.arange(7))
+    assert len(calls) == 4  # three as usual, and while it was recorded
+
+
+def test_what_cannot_be_recorded_goes_on_as_usual(cuda_graphs):
+    def begin(graph, stream):
+        raise RuntimeError("operation not permitted")
+
+    recorded, cuda_graphs.begin = training.Recorded(lambda x: (2 * x,)), begin
+    with pytest.warns(UserWarning, match="not permitted") as told:
+        answers = [recorded(torch.tensor(float(i)))[0] for i in range(7)]
+    assert torch.equal(torch.stack(answers), 2.0 * torch.arange(7)) and len(told) == 1
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA GPU")
 def test_recorded_steps_are_the_usual_ones(data, monkeypatch):
     def end():

@@ -1,10 +1,10 @@
 """A Sphinx extension: what the theme leaves undone on the pages of the site.
 
 In the document: boxes, captions and printed sentences get their classes, and the code cells of a solution go under its
-fold. In the HTML:
-a description and a picture for those who share a link, pictures that load when they come into view, no picture inside
-the text of a page, names for screen readers, icons without a script, MathJax only where there is a formula. Beside
-the pages: a front page at the root, a map for search engines, and a page for addresses that do not exist.
+fold. In the HTML: a description and a picture for those who share a link, pictures that load when they come into view,
+no picture inside the text of a page, names for screen readers, icons without a script, MathJax only where there is a
+formula. Beside the pages: a front page at the root, a map for search engines, and a page for addresses that do not
+exist.
 """
 
 import base64
