@@ -19,15 +19,18 @@ from ddpm_tutorial.data import load_fashion_mnist, seeded_generator
 from ddpm_tutorial.guidance import classifier_free
 from ddpm_tutorial.metrics import Classifier, look, real_figures, sample_figures, spread
 from ddpm_tutorial.predictor import NoisePredictor
+from ddpm_tutorial.results import RESULTS_FOLDER
 from ddpm_tutorial.sampling import sample_ddim, sample_ddpm, sample_dpmpp_2m, sample_heun, sample_images
 from ddpm_tutorial.settings import whole
 from ddpm_tutorial.training import processes
 
 from .common import Table, made_with, run_command, table_parser
 
-DEFAULTS = {"num_images": 1000, "seed": 0}
+DEFAULTS = {"num_images": 1000, "seed": 0, "max_evaluations": None}
 EVALUATIONS = (5, 10, 20, 50, 100, 250, 1000)  # of the network, for each image
 BATCH_SIZE = 1000
+# The cheap rows again with many images, where the whole ladder was made with few.
+CHEAP = ["--num-images", "1000", "--max-evaluations", "20", "--out", str(RESULTS_FOLDER / "ladder-1000.json")]
 ALL_STEPS = "DDPM, σ² = β"  # takes all timesteps, or none
 SOLVERS = {
     "DDIM, η = 0": partial(sample_ddim, eta=0.0),
