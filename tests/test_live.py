@@ -304,7 +304,8 @@ def test_draw(page):
     press(box, "Draw")
     finished(box, "Drawn: Trouser. 25 evaluations")
     drawn = pixels(box, 0)
-    assert noise.float().std() > 60 and drawn.float().median() < 30  # the border of a garment's picture is black
+    border = drawn.view(28, 28)[:, [0, -1]]  # the left and the right one of trousers, from any noise, are black
+    assert noise.float().std() > 60 and border.max() < 30
     assert torch.equal(drawn, pixels(box, 1))  # at the end x_t is the guess
     assert slide(box, "Look back", "Home") == "0" and (pixels(box, 0) - drawn).abs().float().mean() > 30
 
