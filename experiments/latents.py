@@ -209,6 +209,7 @@ def costs(out: Path, model: NoisePredictor, autoencoder: Autoencoder | None) -> 
     figures = {
         "training_seconds": {name: note["seconds"] for name, note in notes.items()},
         "num_train_steps": {name: note["config"]["num_train_steps"] for name, note in notes.items()},
+        "trained_on": {name: note["device"] for name, note in notes.items()},
         "weights": {folder.name: fingerprint(folder) for folder in folders},
         "parameters": parameters(unet), "operations": operations(unet, model.image_shape),
     }  # fmt: skip
@@ -238,8 +239,9 @@ def run(
                f"--num-images {num_images} --seed {seed} --out FOLDER --data SOURCE")  # fmt: skip
     precision = "bf16" if device.type == "cuda" else "no"
     options = {"batch_size": batch_size, "seed": seed, "precision": precision, "compile": compile}
-    settings = options | {
-        "seconds": None if num_train_steps else seconds, "num_train_steps": num_train_steps, "channels": channels,
+    settings = {
+        "seconds": None if num_train_steps else seconds, "num_train_steps": num_train_steps,
+        "batch_size": batch_size, "channels": channels, "seed": seed,
         "num_images": num_images, "sampler": "dpmpp-2m", "num_inference_steps": NUM_STEPS,
         "num_train_images": len(train_set.images), "device": device.type, "classifier": fingerprint(Classifier.shipped),
     }  # fmt: skip
