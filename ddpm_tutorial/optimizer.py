@@ -32,30 +32,40 @@ class Muon(torch.optim.Optimizer):
     def step(self) -> None:
         found_inf = getattr(self, "found_inf", None)
         for group in self.param_groups:
-            for weight in group["params"]:
-                if not self.state[weight]:
-                    self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
-                mean = self.state[weight]["momentum_buffer"]
-                new_mean = mean.lerp(weight.grad, 1 - group["momentum"])
-                ahead = weight.grad.lerp(new_mean, group["momentum"])  # Nesterov's
-                matrix = ahead.flatten(1)  # (out, rest)
-                step = 0.2 * math.sqrt(max(matrix.shape)) * orthogonal(matrix).view_as(weight)
+            for weights in same_shape(group["params"]):
+                for weight in weights:
+                    if not self.state[weight]:
+                        self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+                means = [self.state[weight]["momentum_buffer"] for weight in weights]
+                mean, gradient = torch.stack(means), torch.stack([weight.grad for weight in weights])
+                new_mean = mean.lerp(gradient, 1 - group["momentum"])
+                ahead = gradient.lerp(new_mean, group["momentum"])  # Nesterov's
+                matrix = ahead.flatten(2)  # (weights, out, rest)
+                step = 0.2 * math.sqrt(max(matrix.shape[1:])) * orthogonal(matrix).view_as(ahead)
                 if found_inf is not None:
-                    step, new_mean = step.where(found_inf == 0, 0), new_mean.where(found_inf == 0, mean)
-                weight.sub_(step, alpha=group["lr"])
-                mean.copy_(new_mean)
+                    step, new_mean = step.masked_fill(found_inf > 0, 0), mean.where(found_inf > 0, new_mean)
+                torch._foreach_sub_(weights, (group["lr"] * step).unbind())
+                torch._foreach_copy_(means, new_mean.unbind())
+
+
+def same_shape(weights: list[Tensor]) -> list[list[Tensor]]:
+    """The weights, those of one shape together: one product of stacked matrices is faster than many small ones."""
+    found = {}
+    for weight in weights:
+        found.setdefault(weight.shape, []).append(weight)
+    return list(found.values())
 
 
 def orthogonal(matrix: Tensor, num_steps: int = 5) -> Tensor:
-    """U Vᵀ of the matrix U S Vᵀ, (M, N), nearly: its singular values go to 0.7 … 1.2. Each step of Newton and Schulz
-    takes every singular value g to c₁ g + c₃ g³ + c₅ g⁵, by products of matrices alone (eq. 5.6)."""
+    """U Vᵀ of each matrix U S Vᵀ, (…, M, N), nearly: its singular values go to 0.7 … 1.2. Each step of Newton and
+    Schulz takes every singular value g to c₁ g + c₃ g³ + c₅ g⁵, by products of matrices alone (eq. 5.6)."""
     c1, c3, c5 = NEWTON_SCHULZ
-    x = matrix / (matrix.norm() + 1e-7)  # no singular value above 1
-    wide = x if x.shape[0] <= x.shape[1] else x.mT
+    x = matrix / (matrix.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # no singular value above 1
+    wide = x if x.shape[-2] <= x.shape[-1] else x.mT
     for _ in range(num_steps):
         gram = wide @ wide.mT
         wide = c1 * wide + (c3 * gram + c5 * gram @ gram) @ wide
-    return wide if x.shape[0] <= x.shape[1] else wide.mT
+    return wide if x.shape[-2] <= x.shape[-1] else wide.mT
 
 
 def hidden_matrices(unet: UNet) -> list[nn.Parameter]:
@@ -73,5 +83,8 @@ def make_optimizers(unet: UNet, config: TrainConfig, fused: bool | None) -> list
     inner = hidden_matrices(unet) if config.optimizer == "muon" else []
     chosen = set(inner)
     rest = [weight for weight in unet.parameters() if weight not in chosen]
-    adam = torch.optim.Adam(rest, lr=config.lr, fused=fused)
-    return [Muon(inner, config.lr), adam] if inner else [adam]
+    lr, cuda = config.lr, rest[0].is_cuda
+    if cuda:  # there the rate lies on the GPU too, so that a step can be recorded
+        lr = torch.tensor(lr, device=rest[0].device)
+    adam = torch.optim.Adam(rest, lr=lr, fused=fused, capturable=cuda)
+    return [Muon(inner, lr), adam] if inner else [adam]

@@ -6,9 +6,10 @@ writes the log, the sample grids and the checkpoints.
 
 import copy
 import inspect
+import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -73,8 +74,9 @@ def train(
     config: TrainConfig,
     resume_from: str | Path | None = None,
 ) -> Iterator[TrainState]:
-    """DDPM algorithm 1 on ``images`` (N, C, H, W) and ``labels`` (N,), or None for a model without classes. Images are
-    uint8, or float32 that goes in as it is: what is no image, such as latents, scaled to a variance of about 1.
+    """DDPM algorithm 1 on ``images`` (N, C, H, W) and ``labels`` (N,), captions (N, L) that are filled up with the null
+    label, or None for a model without classes. Images are uint8, or float32 that goes in as it is: what is no image,
+    such as latents, scaled to a variance of about 1.
 
     Checks what it is given, then runs ``train_steps``. All randomness of a step comes from (seed, step), so a run
     resumed from the checkpoint folder ``resume_from`` gives the same weights as one never stopped (on CUDA within
@@ -110,11 +112,10 @@ def train(
         labels = None
     elif labels is None:
         raise ValueError("a class-conditional model needs labels")
-    elif labels.shape != images.shape[:1] or not 0 <= labels.min() <= labels.max() < model.num_classes:
-        raise ValueError(
-            f"labels must be ({len(images)},) in 0 … {model.num_classes - 1}; "
-            f"got {tuple(labels.shape)} in {labels.min().item()} … {labels.max().item()}"
-        )
+    elif labels.ndim not in (1, 2) or labels.shape[:1] != images.shape[:1] or 0 in labels.shape:
+        raise ValueError(f"labels must be ({len(images)},), or captions ({len(images)}, L), got {tuple(labels.shape)}")
+    elif not 0 <= labels.min() <= labels.max() <= (largest := model.num_classes - (labels.ndim == 1)):
+        raise ValueError(f"labels must lie in 0 … {largest}, got {labels.min().item()} … {labels.max().item()}")
     return train_steps(model, images, labels, config, resume_from)
 
 
@@ -130,11 +131,15 @@ def train_steps(
     autocast = _autocast(device, config.precision)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     done = 0 if resume_from is None else load_state(resume_from, model, ema, optimizers, scaler)
-    network = _compiled(unet, autocast, images[: config.batch_size // world], layout) if config.compile else unet
+    if config.compile:
+        count = config.batch_size // world
+        network = _compiled(unet, autocast, images[:count], None if labels is None else labels[:count], layout)
+    else:
+        network = unet
     network = _distributed(network, device) if world > 1 else network
     bad_step = torch.zeros((), dtype=torch.long, device=device)  # the first that was not finite; 0: none
 
-    for step, x_0, t, noise, y in training_batches(model, images.to(device), labels, config, done):
+    def update(x_0: Tensor, t: Tensor, noise: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         x_t = diffusion.q_sample(x_0, t, noise).contiguous(memory_format=layout)
         with autocast:
             output = network(x_t, t, y)
@@ -147,9 +152,16 @@ def train_steps(
         grad_norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), config.grad_clip)
         loss = reduce(loss.detach(), "mean")  # over the processes
         finite = (loss + grad_norm).isfinite()
-        lr = learning_rate(step, config)
         for optimizer in optimizers:
-            _step_if(finite, optimizer, lr)
+            _step_if(finite, optimizer)
+        return loss, grad_norm, finite
+
+    if device.type == "cuda" and world == 1 and not scaler.is_enabled():
+        update = Recorded(update)
+    for step, *batch in training_batches(model, images.to(device), labels, config, done):
+        lr = learning_rate(step, config)
+        _set_rate(optimizers, lr)
+        loss, grad_norm, finite = update(*batch)
         scaler.update()
 
         # In fp16 a gradient may overflow now and then: then the scale is lowered, and the run goes on.
@@ -180,11 +192,13 @@ def training_batches(
         on_device = seeded_generator(config.seed, step, 1, device=device)
         drawn = [index, draw_timesteps(probabilities, config.batch_size, on_cpu)]
         if labels is not None:
-            drawn.append(drop_labels(labels[index], config.label_dropout, model.num_classes, on_cpu))
-        index, t, *y = _moved(torch.stack(drawn)[:, rank::world].contiguous(), device)  # one copy for all three
+            kept = drop_labels(labels[index], config.label_dropout, model.num_classes, on_cpu)
+            drawn += kept.view(len(kept), -1).T  # a row for each word of the captions
+        index, t, *y = _moved(torch.stack(drawn)[:, rank::world].contiguous(), device)  # one copy for all
+        y = torch.stack(y, dim=1).view(-1, *labels.shape[1:]) if y else None
         noise = torch.randn(config.batch_size, *images.shape[1:], generator=on_device, device=device)[rank::world]
         x_0 = images[index]
-        yield step, to_model_range(x_0) if x_0.dtype == torch.uint8 else x_0, t, noise, y[0] if y else None
+        yield step, to_model_range(x_0) if x_0.dtype == torch.uint8 else x_0, t, noise, y
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:
@@ -192,12 +206,55 @@ def _moved(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def _step_if(finite: Tensor, optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """``optimizer.step()`` at this learning rate, left out (weights, moments and count stay) where ``finite`` is false.
-    Muon and a fused optimizer read this on the device, from the flag that ``GradScaler.step`` gives them too; for
-    others the CPU waits."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+class Recorded:
+    """``update`` as a CUDA graph. Its kernels are many and small, and the CPU takes longer to start them than the GPU to
+    run them; so, after three steps as usual, they are recorded once, and then started together. Where that fails, with a
+    warning, steps go on as usual. Arguments are tensors of the same shapes at each call, or None."""
+
+    def __init__(self, update: Callable[..., tuple[Tensor, ...]]):
+        self.update, self.usual, self.graph, self.stream = update, 3, None, torch.cuda.Stream()
+
+    def __call__(self, *given: Tensor | None) -> tuple[Tensor, ...]:
+        if self.usual:
+            self.usual -= 1
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                found = self.update(*given)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return found
+        if self.graph is None and not self.record(given):
+            self.usual = math.inf
+            return self(*given)
+        for mine, new in zip(self.given, given, strict=True):
+            if mine is not None:
+                mine.copy_(new)
+        self.graph.replay()
+        return tuple(found.clone() for found in self.found)  # the next replay writes into the same memory
+
+    def record(self, given: tuple[Tensor | None, ...]) -> bool:
+        self.given = [None if tensor is None else tensor.clone() for tensor in given]
+        self.graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.found = self.update(*self.given)
+        except RuntimeError as error:
+            warnings.warn(f"steps are not recorded as a CUDA graph, which is slower: {error}", stacklevel=4)
+            return False
+        return True
+
+
+def _set_rate(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+def _step_if(finite: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """``optimizer.step()``, left out (weights, moments and count stay) where ``finite`` is false. Muon and a fused
+    optimizer read this on the device, from the flag that ``GradScaler.step`` gives them too; for others the CPU
+    waits."""
     if isinstance(optimizer, Muon) or optimizer.defaults["fused"]:
         optimizer.found_inf = (~finite).float()
         optimizer.step()
@@ -228,12 +285,14 @@ def _autocast(device: torch.device, precision: str) -> torch.autocast:
         raise ValueError(f"precision {precision} is not supported on {device.type}: {error}") from error
 
 
-def _compiled(unet: UNet, autocast: torch.autocast, images: Tensor, layout: torch.memory_format) -> nn.Module:
+def _compiled(
+    unet: UNet, autocast: torch.autocast, images: Tensor, labels: Tensor | None, layout: torch.memory_format
+) -> nn.Module:
     """``torch.compile(unet)``; the U-Net as it is, with a warning, where this machine cannot compile. It compiles when
-    it is called, so it is tried here, forwards and backwards, on a batch like ``images``."""
+    it is called, so it is tried here, forwards and backwards, on a batch like ``images`` and ``labels``."""
     t = torch.ones(len(images), dtype=torch.long, device=processes().device)
     x_t = torch.zeros(images.shape, device=t.device).contiguous(memory_format=layout)
-    y = None if unet.num_classes is None else torch.zeros_like(t)
+    y = None if labels is None else torch.zeros_like(labels, device=t.device)
     try:
         network = torch.compile(unet)
         with autocast:

@@ -175,7 +175,8 @@ class UNet(nn.Module):
     - ``attention_levels``: the levels (0 is the finest) with self-attention, beside the middle one.
     - ``patch_size`` p > 1 folds p×p pixels into channels first (pixel-unshuffle), so nearly all work is at 1/p of the
       size; a ``Head`` ends it at full resolution.
-    - ``num_classes`` adds a label embedding with one extra entry, the null label ``num_classes`` ("no label").
+    - ``num_classes`` adds a label embedding with one extra entry, the null label ``num_classes`` ("no label"). A
+      caption is several labels in a row, filled up with null labels: its embedding is the mean of theirs.
 
     The last convolution starts at zero. ``config`` holds the arguments.
     """
@@ -226,7 +227,8 @@ class UNet(nn.Module):
             self.head = Head(maps, in_channels, emb_channels)
 
     def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
-        """x_t (B, C, H, W), t (B,) integers, labels (B,) integers in 0 … num_classes (None: the null label)."""
+        """x_t (B, C, H, W), t (B,) integers, labels (B,) or captions (B, L) integers in 0 … num_classes (None: the null
+        label)."""
         p = self.patch_size
         t, labels = self._checked(x_t, t, labels)
         emb = self._embed(t, labels)
@@ -260,7 +262,15 @@ class UNet(nn.Module):
             return emb
         if labels is None:
             labels = torch.full_like(t, self.num_classes)
-        return emb + self.label_emb(labels)
+        words = self.label_emb(labels)  # (B, 4·channels), or (B, L, 4·channels) of captions
+        return emb + (words if labels.ndim == 1 else self._mean_of_words(words, labels))
+
+    def _mean_of_words(self, words: Tensor, captions: Tensor) -> Tensor:
+        """words (B, L, 4·channels), captions (B, L) → (B, 4·channels): the mean over the words that are there; without
+        any, the null label's entry."""
+        there = captions != self.num_classes
+        there = (there | ~there.any(dim=1, keepdim=True)).to(words.dtype)[:, :, None]  # (B, L, 1)
+        return (words * there).sum(dim=1) / there.sum(dim=1)
 
     def _checked(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """t and labels as int64; ValueError for what does not fit. The range of labels is not checked on a GPU, where
@@ -278,8 +288,8 @@ class UNet(nn.Module):
             return t, None
         if self.label_emb is None:
             raise ValueError("labels were given to a U-Net without num_classes")
-        labels = _one_an_image("labels", labels, x_t)
-        if labels.device.type == "cpu" and len(labels) and not torch.compiler.is_compiling():
+        labels = _one_an_image("labels", labels, x_t, captions=True)
+        if labels.device.type == "cpu" and labels.numel() and not torch.compiler.is_compiling():
             if not 0 <= labels.min() <= labels.max() <= self.num_classes:
                 raise ValueError(
                     f"labels must lie in 0 … {self.num_classes} ({self.num_classes} is the null label), "
@@ -309,9 +319,10 @@ def _check_config(
             )
 
 
-def _one_an_image(name: str, values: Tensor, x_t: Tensor) -> Tensor:
-    """``values`` as int64; ValueError where they are not integers (B,)."""
-    if not isinstance(values, Tensor) or values.shape != x_t.shape[:1]:
+def _one_an_image(name: str, values: Tensor, x_t: Tensor, captions: bool = False) -> Tensor:
+    """``values`` as int64; ValueError where they are not integers (B,), nor (B, L) where ``captions`` are taken."""
+    rows = captions and isinstance(values, Tensor) and values.ndim == 2 and values.shape[1] > 0
+    if not isinstance(values, Tensor) or (values[:, 0] if rows else values).shape != x_t.shape[:1]:
         given = tuple(values.shape) if isinstance(values, Tensor) else repr(values)
         raise ValueError(f"{name} must be ({x_t.shape[0]},), one an image; got {given}")
     if not holds_integers(values):

@@ -27,7 +27,7 @@ from .common import Table, made_with, run_command, table_parser
 
 DEFAULTS = {"num_images": 1000, "seed": 0}
 EVALUATIONS = (5, 10, 20, 50, 100, 250, 1000)  # of the network, for each image
-BATCH_SIZE = 250
+BATCH_SIZE = 1000
 ALL_STEPS = "DDPM, σ² = β"  # takes all timesteps, or none
 SOLVERS = {
     "DDIM, η = 0": partial(sample_ddim, eta=0.0),
