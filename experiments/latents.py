@@ -102,10 +102,11 @@ def trained_autoencoder(
 
 
 def trained_diffusion(
-    folder: Path, unet: dict, data: Tensor, train_set: ImageData, seconds: float, num_train_steps: int | None,
-    options: dict,
+    folder: Path, unet: dict, train_set: ImageData, autoencoder: Autoencoder | None, seconds: float,
+    num_train_steps: int | None, options: dict,
 ) -> NoisePredictor:  # fmt: skip
-    """Of ``data``, the images of the training set or their latents."""
+    """On the images of the training set, or on their latents."""
+    data = train_set.images if autoencoder is None else autoencoder.encode_images(train_set.images)
 
     def begin(steps: int) -> Iterator[TrainState]:
         torch.manual_seed(options["seed"])
@@ -132,12 +133,12 @@ def networks(
             return network.from_pretrained(folder).to(processes().device)
         return make(folder, *arguments, num_train_steps, options)
 
-    images, share = train_set.images, AUTOENCODER_SHARE * seconds
+    share = AUTOENCODER_SHARE * seconds
     if name == "pixel":
-        arguments = shipped_config(), images, train_set, seconds
+        arguments = shipped_config(), train_set, None, seconds
         return there_or(trained_diffusion, NoisePredictor, out / "pixel", *arguments), None
-    autoencoder = there_or(trained_autoencoder, Autoencoder, out / "autoencoder", images, share)
-    arguments = LATENT_UNET | {"channels": channels}, autoencoder.encode_images(images), train_set, seconds - share
+    autoencoder = there_or(trained_autoencoder, Autoencoder, out / "autoencoder", train_set.images, share)
+    arguments = LATENT_UNET | {"channels": channels}, train_set, autoencoder, seconds - share
     return there_or(trained_diffusion, NoisePredictor, out / "diffusion", *arguments), autoencoder
 
 

