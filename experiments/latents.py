@@ -101,10 +101,11 @@ def trained_autoencoder(
 
 
 def trained_diffusion(
-    folder: Path, unet: dict, data: Tensor, train_set: ImageData, seconds: float, num_train_steps: int | None,
-    options: dict,
+    folder: Path, unet: dict, train_set: ImageData, autoencoder: Autoencoder | None, seconds: float,
+    num_train_steps: int | None, options: dict,
 ) -> NoisePredictor:  # fmt: skip
-    """Of ``data``, the images of the training set or their latents."""
+    """On the images of the training set, or on their latents."""
+    data = train_set.images if autoencoder is None else autoencoder.encode_images(train_set.images)
 
     def begin(steps: int) -> Iterator[TrainState]:
         torch.manual_seed(options["seed"])
@@ -131,12 +132,12 @@ def networks(
             return network.from_pretrained(folder).to(processes().device)
         return make(folder, *arguments, num_train_steps, options)
 
-    images, share = train_set.images, AUTOENCODER_SHARE * seconds
+    share = AUTOENCODER_SHARE * seconds
     if name == "pixel":
-        arguments = shipped_config(), images, train_set, seconds
+        arguments = shipped_config(), train_set, None, seconds
         return there_or(trained_diffusion, NoisePredictor, out / "pixel", *arguments), None
-    autoencoder = there_or(trained_autoencoder, Autoencoder, out / "autoencoder", images, share)
-    arguments = LATENT_UNET | {"channels": channels}, autoencoder.encode_images(images), train_set, seconds - share
+    autoencoder = there_or(trained_autoencoder, Autoencoder, out / "autoencoder", train_set.images, share)
+    arguments = LATENT_UNET | {"channels": channels}, train_set, autoencoder, seconds - share
     return there_or(trained_diffusion, NoisePredictor, out / "diffusion", *arguments), autoencoder
 
 
@@ -208,6 +209,7 @@ def costs(out: Path, model: NoisePredictor, autoencoder: Autoencoder | None) -> 
     figures = {
         "training_seconds": {name: note["seconds"] for name, note in notes.items()},
         "num_train_steps": {name: note["config"]["num_train_steps"] for name, note in notes.items()},
+        "trained_on": {name: note["device"] for name, note in notes.items()},
         "weights": {folder.name: fingerprint(folder) for folder in folders},
         "parameters": parameters(unet), "operations": operations(unet, model.image_shape),
     }  # fmt: skip
@@ -237,8 +239,9 @@ def run(
                f"--num-images {num_images} --seed {seed} --out FOLDER --data SOURCE")  # fmt: skip
     precision = "bf16" if device.type == "cuda" else "no"
     options = {"batch_size": batch_size, "seed": seed, "precision": precision, "compile": compile}
-    settings = options | {
-        "seconds": None if num_train_steps else seconds, "num_train_steps": num_train_steps, "channels": channels,
+    settings = {
+        "seconds": None if num_train_steps else seconds, "num_train_steps": num_train_steps,
+        "batch_size": batch_size, "channels": channels, "seed": seed,
         "num_images": num_images, "sampler": "dpmpp-2m", "num_inference_steps": NUM_STEPS,
         "num_train_images": len(train_set.images), "device": device.type, "classifier": fingerprint(Classifier.shipped),
     }  # fmt: skip

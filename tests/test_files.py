@@ -12,6 +12,7 @@ from ddpm_tutorial import files
 from ddpm_tutorial.diffusion import GaussianDiffusion
 from ddpm_tutorial.files import ASIDE, asking_hub, check_writable, locked, reading, written_aside
 from ddpm_tutorial.guidance import NoisyClassifier
+from ddpm_tutorial.latents import Autoencoder
 from ddpm_tutorial.metrics import Classifier
 from ddpm_tutorial.predictor import NoisePredictor
 from ddpm_tutorial.unet import UNet
@@ -20,6 +21,7 @@ NETWORKS = {
     NoisePredictor: lambda: NoisePredictor(UNet(channels=8, num_classes=3), GaussianDiffusion.from_schedule()),
     Classifier: lambda: Classifier(num_features=8),
     NoisyClassifier: lambda: NoisyClassifier(channels=8, image_size=8),
+    Autoencoder: lambda: Autoencoder(channels=8, scale=0.5),
 }
 
 

@@ -12,8 +12,9 @@ from torch.testing import assert_close
 from ddpm_tutorial import metrics
 from ddpm_tutorial.data import load_fashion_mnist, to_model_range
 from ddpm_tutorial.guidance import classifier_free
-from ddpm_tutorial.latents import Autoencoder, autoencoder_loss, kl_to_standard, train_autoencoder
+from ddpm_tutorial.latents import SHIPPED_LATENTS, Autoencoder, autoencoder_loss, kl_to_standard, train_autoencoder
 from ddpm_tutorial.predictor import NoisePredictor
+from ddpm_tutorial.results import load_results
 from ddpm_tutorial.sampling import sample_ddim
 from ddpm_tutorial.training import train
 from experiments import latents as experiment
@@ -112,6 +113,26 @@ def test_the_same_loop_and_samplers_work_on_latents(data):
     guided = classifier_free(last.ema.module, torch.tensor([0, 1]), 2.0)
     *_, end = sample_ddim(guided, model.diffusion, (2, 4, 7, 7), num_inference_steps=3, clip_denoised=False)
     assert autoencoder.decode(end.x_t).shape == (2, 1, 28, 28)
+
+
+# ---------------------------------------------------------------------------------------------- what is shipped
+def test_the_table_was_made_with_the_networks_that_are_shipped():
+    (latent,) = (row for row in load_results("latents")["rows"] if row["model"] == "latent")
+    assert latent["weights"] == {name: fingerprint(SHIPPED_LATENTS / name) for name in ("autoencoder", "diffusion")}
+
+
+def test_the_shipped_networks_give_images_back_and_draw_what_is_asked():
+    autoencoder, test = Autoencoder.from_pretrained(), load_fashion_mnist("test", "sample")
+    model, images = NoisePredictor.from_pretrained(SHIPPED_LATENTS / "diffusion"), test.images[:100]
+    latents = autoencoder.encode_images(images)
+    assert latents.std().item() == pytest.approx(1, abs=0.1)
+    with torch.no_grad():
+        error = (autoencoder.decode(latents) - to_model_range(images)).square().mean().sqrt().item()
+    lost = load_results("latents")["rows"][0]["reconstruction"]
+    assert 127.5 * error == pytest.approx(lost["rms_grey_levels"], rel=0.15)
+    labels = torch.arange(100) % 10
+    drawn = experiment.draw(model, labels, 0, autoencoder)
+    assert metrics.label_agreement(metrics.look(drawn).logits, labels) > 0.5
 
 
 # ----------------------------------------------------------------------------------------------- the experiment

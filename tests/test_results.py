@@ -17,7 +17,7 @@ from experiments import __main__ as experiments
 from experiments.common import Table, made_with, pixel_figures
 
 NAMES = sorted(path.stem for path in RESULTS_FOLDER.glob("*.json"))
-TRAIN_THEIR_OWN = ("ablation", "choices", "benchmark")
+TRAIN_THEIR_OWN = ("ablation", "choices", "benchmark", "latents")
 BEFORE = ("ablation-cpu", "benchmark-cpu", "benchmark-recipe-cpu")  # from before tables said how they were made
 
 

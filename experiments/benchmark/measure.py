@@ -128,10 +128,11 @@ def timed(call: Callable[[], None], repeats: int, device: torch.device) -> tuple
 
 
 def pace(states: Iterator, seconds: float, device: torch.device) -> tuple[float, float]:
-    """Of a loop of training: the seconds until its first step is done, and of each step after it, by up to 200 of them
-    in these ``seconds``."""
+    """Of a loop of training: the seconds until it is warm, and of each step from there on, by up to 200 of them in
+    these ``seconds``."""
     began = time.perf_counter()
-    next(states)  # compiles
+    for _ in range(5):  # the first compiles, a later one records a CUDA graph
+        next(states)
     synchronise(device)
     ready, count = time.perf_counter(), 0
     while count < 200 and (count == 0 or time.perf_counter() - ready < seconds):
