@@ -20,29 +20,30 @@ NoiseModel = Callable[[Tensor, Tensor], Tensor]  # (x_t (B, …), t (B,)) -> pre
 def drop_labels(
     labels: Tensor, probability: float, null_label: int, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Each label replaced by ``null_label`` with this probability (Ho, Salimans, arXiv:2207.12598, algorithm 1).
+    """Each label replaced by ``null_label`` with this probability (Ho, Salimans, arXiv:2207.12598, algorithm 1); of a
+    caption, all words together.
 
-    Training so teaches one network both ε_θ(x_t, t, label) and ε_θ(x_t, t). labels (B,) → (B,).
+    Training so teaches one network both ε_θ(x_t, t, label) and ε_θ(x_t, t). labels (B,) → (B,), captions (B, L) → same.
     """
     if not 0 <= probability <= 1:
         raise ValueError(f"the probability of dropping a label must lie in [0, 1], got {probability}")
     device = generator.device if generator is not None else labels.device
-    drop = torch.rand(labels.shape, generator=generator, device=device) < probability
-    return labels.masked_fill(drop.to(labels.device), null_label)
+    drop = torch.rand(labels.shape[:1], generator=generator, device=device) < probability
+    return labels.masked_fill(drop.to(labels.device).view(-1, *[1] * (labels.ndim - 1)), null_label)
 
 
 def classifier_free(model, labels: Tensor, guidance_scale: float = 1.0) -> NoiseModel:
     """The guided noise model ε_∅ + s (ε_label − ε_∅), as a function of (x_t, t) (arXiv:2207.12598, eq. 6).
 
     ``guidance_scale`` s = 1 is the conditional model and 0 the unconditional one, at one evaluation each; any
-    other s evaluates both in one batch. The paper's w is s − 1. ``labels`` is (B,); ``model(x_t, t, labels)`` is a
-    class-conditional ``NoisePredictor``.
+    other s evaluates both in one batch. The paper's w is s − 1. ``labels`` is (B,), or captions (B, L) filled up with
+    the null label; ``model(x_t, t, labels)`` is a class-conditional ``NoisePredictor``.
     """
     num_classes = getattr(model, "num_classes", None)
     if num_classes is None:
         raise ValueError("classifier-free guidance needs a class-conditional model (num_classes is None)")
     _check_scale(guidance_scale)
-    _check_labels(labels.cpu(), num_classes)
+    _check_labels(labels.cpu(), num_classes, captions=True)
     labels = labels.long()
     null = torch.full_like(labels, num_classes)
 
@@ -164,17 +165,19 @@ class NoisyClassifier(nn.Module, Pretrained):
 
 
 def _check_one_an_image(labels: Tensor, x_t: Tensor) -> None:
-    if labels.shape != x_t.shape[:1]:
+    if labels.shape[:1] != x_t.shape[:1]:
         raise ValueError(f"labels must be ({len(x_t)},), one an image; got {tuple(labels.shape)}")
 
 
-def _check_labels(labels: Tensor, num_classes: int) -> None:
-    """Their range is checked on the CPU only: the host would wait for a GPU."""
-    if labels.ndim != 1 or not holds_integers(labels):
+def _check_labels(labels: Tensor, num_classes: int, captions: bool = False) -> None:
+    """Their range is checked on the CPU only: the host would wait for a GPU. Captions (B, L) may hold the null label,
+    ``num_classes``."""
+    captions = captions and labels.ndim == 2 and labels.shape[1] > 0
+    if not (captions or labels.ndim == 1) or not holds_integers(labels):
         raise ValueError(f"labels must be integers of shape (B,), got {labels.dtype} {tuple(labels.shape)}")
-    labels = labels.long()  # in int8, a comparison with 200 would be one with −56
-    if labels.device.type == "cpu" and len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
-        raise ValueError(f"labels must lie in 0 … {num_classes - 1}, got {labels.min().item()} … {labels.max().item()}")
+    labels, largest = labels.long(), num_classes if captions else num_classes - 1  # int8 would compare with −56 for 200
+    if labels.device.type == "cpu" and labels.numel() and not 0 <= labels.min() <= labels.max() <= largest:
+        raise ValueError(f"labels must lie in 0 … {largest}, got {labels.min().item()} … {labels.max().item()}")
 
 
 def _check_scale(guidance_scale: float) -> None:

@@ -240,6 +240,7 @@ def draw_block(block: nn.Module, *inputs: Tensor, axis: plt.Axes | None = None) 
     """
     root = getattr(block, "__self__", block)
     tracer = fx.Tracer(autowrap_functions=(rearrange, sinusoidal_embedding))
+    tracer.is_leaf_module = lambda m, name: isinstance(m, nn.Embedding) or fx.Tracer.is_leaf_module(tracer, m, name)
     tracer.traced_func_name = "forward" if root is block else block.__name__
     root = nn.Sequential(root) if tracer.is_leaf_module(root, "") else root
     graph = fx.GraphModule(root, tracer.trace(root))

@@ -74,8 +74,9 @@ def train(
     config: TrainConfig,
     resume_from: str | Path | None = None,
 ) -> Iterator[TrainState]:
-    """DDPM algorithm 1 on ``images`` (N, C, H, W) and ``labels`` (N,), or None for a model without classes. Images are
-    uint8, or float32 that goes in as it is: what is no image, such as latents, scaled to a variance of about 1.
+    """DDPM algorithm 1 on ``images`` (N, C, H, W) and ``labels`` (N,), captions (N, L) that are filled up with the null
+    label, or None for a model without classes. Images are uint8, or float32 that goes in as it is: what is no image,
+    such as latents, scaled to a variance of about 1.
 
     Checks what it is given, then runs ``train_steps``. All randomness of a step comes from (seed, step), so a run
     resumed from the checkpoint folder ``resume_from`` gives the same weights as one never stopped (on CUDA within
@@ -111,11 +112,10 @@ def train(
         labels = None
     elif labels is None:
         raise ValueError("a class-conditional model needs labels")
-    elif labels.shape != images.shape[:1] or not 0 <= labels.min() <= labels.max() < model.num_classes:
-        raise ValueError(
-            f"labels must be ({len(images)},) in 0 … {model.num_classes - 1}; "
-            f"got {tuple(labels.shape)} in {labels.min().item()} … {labels.max().item()}"
-        )
+    elif labels.ndim not in (1, 2) or labels.shape[:1] != images.shape[:1] or 0 in labels.shape:
+        raise ValueError(f"labels must be ({len(images)},), or captions ({len(images)}, L), got {tuple(labels.shape)}")
+    elif not 0 <= labels.min() <= labels.max() <= (largest := model.num_classes - (labels.ndim == 1)):
+        raise ValueError(f"labels must lie in 0 … {largest}, got {labels.min().item()} … {labels.max().item()}")
     return train_steps(model, images, labels, config, resume_from)
 
 
@@ -131,7 +131,11 @@ def train_steps(
     autocast = _autocast(device, config.precision)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     done = 0 if resume_from is None else load_state(resume_from, model, ema, optimizers, scaler)
-    network = _compiled(unet, autocast, images[: config.batch_size // world], layout) if config.compile else unet
+    if config.compile:
+        count = config.batch_size // world
+        network = _compiled(unet, autocast, images[:count], None if labels is None else labels[:count], layout)
+    else:
+        network = unet
     network = _distributed(network, device) if world > 1 else network
     bad_step = torch.zeros((), dtype=torch.long, device=device)  # the first that was not finite; 0: none
 
@@ -188,11 +192,13 @@ def training_batches(
         on_device = seeded_generator(config.seed, step, 1, device=device)
         drawn = [index, draw_timesteps(probabilities, config.batch_size, on_cpu)]
         if labels is not None:
-            drawn.append(drop_labels(labels[index], config.label_dropout, model.num_classes, on_cpu))
-        index, t, *y = _moved(torch.stack(drawn)[:, rank::world].contiguous(), device)  # one copy for all three
+            kept = drop_labels(labels[index], config.label_dropout, model.num_classes, on_cpu)
+            drawn += kept.view(len(kept), -1).T  # a row for each word of the captions
+        index, t, *y = _moved(torch.stack(drawn)[:, rank::world].contiguous(), device)  # one copy for all
+        y = torch.stack(y, dim=1).view(-1, *labels.shape[1:]) if y else None
         noise = torch.randn(config.batch_size, *images.shape[1:], generator=on_device, device=device)[rank::world]
         x_0 = images[index]
-        yield step, to_model_range(x_0) if x_0.dtype == torch.uint8 else x_0, t, noise, y[0] if y else None
+        yield step, to_model_range(x_0) if x_0.dtype == torch.uint8 else x_0, t, noise, y
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:
@@ -277,12 +283,14 @@ def _autocast(device: torch.device, precision: str) -> torch.autocast:
         raise ValueError(f"precision {precision} is not supported on {device.type}: {error}") from error
 
 
-def _compiled(unet: UNet, autocast: torch.autocast, images: Tensor, layout: torch.memory_format) -> nn.Module:
+def _compiled(
+    unet: UNet, autocast: torch.autocast, images: Tensor, labels: Tensor | None, layout: torch.memory_format
+) -> nn.Module:
     """``torch.compile(unet)``; the U-Net as it is, with a warning, where this machine cannot compile. It compiles when
-    it is called, so it is tried here, forwards and backwards, on a batch like ``images``."""
+    it is called, so it is tried here, forwards and backwards, on a batch like ``images`` and ``labels``."""
     t = torch.ones(len(images), dtype=torch.long, device=processes().device)
     x_t = torch.zeros(images.shape, device=t.device).contiguous(memory_format=layout)
-    y = None if unet.num_classes is None else torch.zeros_like(t)
+    y = None if labels is None else torch.zeros_like(labels, device=t.device)
     try:
         network = torch.compile(unet)
         with autocast:

@@ -164,6 +164,19 @@ def way_up(
     return levels, between
 
 
+class LabelEmbedding(nn.Embedding):
+    """A vector for each label; the last label is the null label. labels (B,) → (B, D). Of captions (B, L), filled up
+    with null labels, the mean over the words that are there → (B, D); without any, the null label's vector."""
+
+    def forward(self, labels: Tensor) -> Tensor:
+        vectors = super().forward(labels)
+        if labels.ndim == 1:
+            return vectors
+        there = labels != self.num_embeddings - 1
+        there = (there | ~there.any(dim=1, keepdim=True)).to(vectors.dtype)[:, :, None]  # (B, L, 1)
+        return (vectors * there).sum(dim=1) / there.sum(dim=1)
+
+
 class UNet(nn.Module):
     """F(x, t, label): images (B, in_channels, H, W) → as many numbers, same shape. What they mean, and which noise
     belongs to t, it does not know: ``NoisePredictor`` does.
@@ -175,7 +188,8 @@ class UNet(nn.Module):
     - ``attention_levels``: the levels (0 is the finest) with self-attention, beside the middle one.
     - ``patch_size`` p > 1 folds p×p pixels into channels first (pixel-unshuffle), so nearly all work is at 1/p of the
       size; a ``Head`` ends it at full resolution.
-    - ``num_classes`` adds a label embedding with one extra entry, the null label ``num_classes`` ("no label").
+    - ``num_classes`` adds a label embedding with one extra entry, the null label ``num_classes`` ("no label"). A
+      caption is several labels in a row, filled up with null labels: its embedding is the mean of theirs.
 
     The last convolution starts at zero. ``config`` holds the arguments.
     """
@@ -209,7 +223,7 @@ class UNet(nn.Module):
         self.time_mlp = nn.Sequential(
             nn.Linear(channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
         )
-        self.label_emb = None if num_classes is None else nn.Embedding(num_classes + 1, emb_channels)
+        self.label_emb = None if num_classes is None else LabelEmbedding(num_classes + 1, emb_channels)
 
         self.conv_in = nn.Conv2d(in_channels * patch_size**2, widths[0], 3, padding=1)
         self.down, self.downsample = way_down(widths, heads, num_res_blocks, emb_channels)
@@ -226,7 +240,8 @@ class UNet(nn.Module):
             self.head = Head(maps, in_channels, emb_channels)
 
     def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
-        """x_t (B, C, H, W), t (B,) integers, labels (B,) integers in 0 … num_classes (None: the null label)."""
+        """x_t (B, C, H, W), t (B,) integers, labels (B,) or captions (B, L) integers in 0 … num_classes (None: the null
+        label)."""
         p = self.patch_size
         t, labels = self._checked(x_t, t, labels)
         emb = self._embed(t, labels)
@@ -278,8 +293,8 @@ class UNet(nn.Module):
             return t, None
         if self.label_emb is None:
             raise ValueError("labels were given to a U-Net without num_classes")
-        labels = _one_an_image("labels", labels, x_t)
-        if labels.device.type == "cpu" and len(labels) and not torch.compiler.is_compiling():
+        labels = _one_an_image("labels", labels, x_t, captions=True)
+        if labels.device.type == "cpu" and labels.numel() and not torch.compiler.is_compiling():
             if not 0 <= labels.min() <= labels.max() <= self.num_classes:
                 raise ValueError(
                     f"labels must lie in 0 … {self.num_classes} ({self.num_classes} is the null label), "
@@ -309,9 +324,10 @@ def _check_config(
             )
 
 
-def _one_an_image(name: str, values: Tensor, x_t: Tensor) -> Tensor:
-    """``values`` as int64; ValueError where they are not integers (B,)."""
-    if not isinstance(values, Tensor) or values.shape != x_t.shape[:1]:
+def _one_an_image(name: str, values: Tensor, x_t: Tensor, captions: bool = False) -> Tensor:
+    """``values`` as int64; ValueError where they are not integers (B,), nor (B, L) where ``captions`` are taken."""
+    rows = captions and isinstance(values, Tensor) and values.ndim == 2 and values.shape[1] > 0
+    if not isinstance(values, Tensor) or (values[:, 0] if rows else values).shape != x_t.shape[:1]:
         given = tuple(values.shape) if isinstance(values, Tensor) else repr(values)
         raise ValueError(f"{name} must be ({x_t.shape[0]},), one an image; got {given}")
     if not holds_integers(values):

@@ -223,7 +223,7 @@ def test_diagram_draws_the_shortcut_around_attention_and_no_size_as_a_value():
 def test_diagram_of_a_method_a_single_layer_and_several_on_one_figure():
     model = UNet(channels=8, num_classes=3)
     flow = arrows(draw_block(model._embed, torch.tensor([5]), torch.tensor([1])))
-    assert ("labels\n1", "label_emb: Embedding\n1×32") in flow and ("t\n1", "sinusoidal embedding\n1×8") in flow
+    assert ("labels\n1", "label_emb: LabelEmbedding\n1×32") in flow and ("t\n1", "sinusoidal embedding\n1×8") in flow
     figure, axes = plt.subplots(1, 2)
     assert draw_block(Downsample(4, 8), torch.zeros(1, 4, 6, 6), axis=axes[0]) is figure
     assert drawn(figure) == ["input\n1×4×6×6", "3×3 convolution, stride 2\n1×8×3×3"]
