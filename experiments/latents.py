@@ -42,7 +42,7 @@ from .common import Table, fingerprint, outcome, parsed_for_device
 
 MODELS = ("latent", "pixel")
 AUTOENCODER_SHARE = 1 / 3  # of the seconds
-AUTOENCODER = {"batch_size": 256, "lr": 2e-3}
+AUTOENCODER_LR = 2e-3
 LATENT_UNET = {"in_channels": 4, "channel_mults": [1], "attention_levels": [0], "num_classes": 10}
 NOTE = "training.json"  # beside a network's weights: it is complete
 NUM_STEPS, BATCH_SIZE = 20, 250  # of DPM-Solver++(2M); images drawn together
@@ -82,13 +82,14 @@ def trained_autoencoder(
     folder: Path, images: Tensor, seconds: float, num_train_steps: int | None, options: dict
 ) -> Autoencoder:
     device = processes().device
+    how = {"batch_size": options["batch_size"], "lr": AUTOENCODER_LR, "kl_weight": KL_WEIGHT, "seed": options["seed"]}
 
     def begin(steps: int) -> Iterator[Autoencoder]:
         torch.manual_seed(options["seed"])
-        model = Autoencoder().to(device, memory_format=torch.channels_last)
-        loop = train_autoencoder(model, images, steps, seed=options["seed"], **AUTOENCODER)
+        model = Autoencoder().to(device)
+        loop = train_autoencoder(model, images, steps, **how)
         while True:
-            with torch.autocast(device.type, torch.bfloat16, enabled=options["precision"] == "bf16"):
+            with torch.autocast(device.type, torch.bfloat16):
                 if next(loop, None) is None:
                     return
             yield model
@@ -96,8 +97,7 @@ def trained_autoencoder(
     steps = num_train_steps or steps_for(seconds, begin)
     model, seconds = run_through(begin(steps))
     model.half().float().fit_scale(images)  # that of the weights that are kept
-    how = {"num_train_steps": steps, **AUTOENCODER, "kl_weight": KL_WEIGHT, "seed": options["seed"]}
-    return kept(model, folder, config=how, seconds=seconds, device=device.type)
+    return kept(model, folder, config={"num_train_steps": steps} | how, seconds=seconds, device=device.type)
 
 
 def trained_diffusion(
@@ -275,7 +275,8 @@ def main(argv: list[str] | None = None) -> int:
                         help="of training, for each model")  # fmt: skip
     parser.add_argument("--num-train-steps", type=whole(2), metavar="N", help="of each network, instead of seconds")
     parser.add_argument("--models", type=one_of(*MODELS), nargs="+", default=MODELS, metavar="NAME", help="the rows")
-    parser.add_argument("--batch-size", type=whole(), default=512, metavar="N", help="of both diffusions")
+    batch_size = 512 if torch.cuda.is_available() else TrainConfig().batch_size
+    parser.add_argument("--batch-size", type=whole(), default=batch_size, metavar="N", help="of every network")
     parser.add_argument("--channels", type=whole(), default=64, metavar="N", help="width of the U-Net on latents")
     parser.add_argument("--num-images", type=whole(), default=2000, metavar="N", help="samples a row")
     parser.add_argument("--seed", type=SEED, default=0, metavar="N", help="of training and sampling")

@@ -150,7 +150,6 @@ def tiny(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     monkeypatch.setattr(experiment, "load_fashion_mnist", few)
     monkeypatch.setattr(experiment, "Autoencoder", Small)
-    monkeypatch.setattr(experiment, "AUTOENCODER", {"batch_size": 16, "lr": 1e-3})
     monkeypatch.setattr(experiment, "shipped_config", lambda: {"channels": 8, "patch_size": 2, "num_classes": 10})
     monkeypatch.setattr(metrics, "REAL_SUBSETS", 2)
 
