@@ -95,7 +95,7 @@ def test_a_training_that_was_cut_off_goes_on(tiny, tmp_path, monkeypatch):
 def test_a_part_that_fails_does_not_stop_the_others(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(emoji, "run", lambda **_: 1 / 0)
     assert gpu.main([*TINY, "--out", str(tmp_path / "gpu"), "--only", "latents", "emoji", "ladder"]) == 2
-    assert "latents" in tiny and re.search("failed: emoji, ladder$", capsys.readouterr().err)  # no weights, no ladder
+    assert "latents" in tiny and re.search("not made: emoji, ladder$", capsys.readouterr().err)  # no weights, no ladder
 
 
 def test_what_has_no_time_left_is_left_out(tiny, tmp_path, monkeypatch):
@@ -104,7 +104,7 @@ def test_what_has_no_time_left_is_left_out(tiny, tmp_path, monkeypatch):
     for path in NoisePredictor.shipped.glob("*.*"):
         (out / "weights" / path.name).write_bytes(path.read_bytes())
     monkeypatch.setattr(gpu, "seconds_for", lambda *_: 0.0)
-    assert gpu.main([*TINY, "--out", str(out), "--only", "ladder", "benchmark"]) == 0
+    assert gpu.main([*TINY, "--out", str(out), "--only", "emoji", "ladder", "benchmark"]) == 2 and not tiny
     assert json.loads((out / "results" / "ladder.json").read_text())["rows"] == []
     (ours,) = json.loads((out / "results" / "benchmark-cpu.json").read_text())["candidates"]
     assert ours["train"]["fast"] == {"failed": "no time was left"}
