@@ -26,7 +26,7 @@ from ddpm_tutorial.results import RESULTS_FOLDER
 from ddpm_tutorial.settings import SEED, TEXT, one_of
 
 # Of the settings: the hashes of trained networks, and what a benchmark runs.
-MADE_WITH = ("weights", "classifier", "noisy_classifier", "network", "ddpm_tutorial")
+MADE_WITH = ("weights", "flow", "classifier", "noisy_classifier", "network", "ddpm_tutorial")
 PROCESSES = min(4, os.cpu_count() or 1)
 
 

@@ -123,12 +123,20 @@ def pace(model: NoisePredictor, images: Tensor, captions: Tensor, options: dict)
     return (time.perf_counter() - began) / 30
 
 
+def begun(out: Path) -> int | None:
+    """The steps of the network that ships, where it is there: the other runs then have theirs of them."""
+    if not (out / "words.npz").exists():
+        return None
+    with np.load(out / "words.npz") as file:
+        return next(int(name.split("-")[2]) for name in file.files if name.startswith("words"))
+
+
 def run(minutes: float | None, num_train_steps: int | None, out: Path, channels: int, batch_size: int, num_samples: int,
         compile: bool, only: str | None, cuda: bool) -> None:  # fmt: skip
     began = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     emoji = load_emoji()
-    fast = cuda or compile
+    fast, num_train_steps = cuda or compile, num_train_steps or begun(out)
     options = {"batch_size": batch_size, "precision": "bf16" if fast else "no", "compile": fast}
     if num_train_steps is None:
         each = pace(network(emoji.vocabulary, channels), emoji.images, emoji.captions, options)

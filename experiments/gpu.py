@@ -1,36 +1,55 @@
-"""Ten minutes of a GPU: python -m experiments.gpu --minutes 9 --out FOLDER [--data SOURCE].
+"""Ten minutes of a GPU: python -m experiments.gpu --minutes 9 --out FOLDER [--data SOURCE] [--only PART...].
 
-Trains the shipped recipe as long as half of the time allows, in bf16 and compiled, into FOLDER/weights; draws the
-ladder and the guidance sweep of these weights, and measures the speed of our network and of the peers that cost as
-much, eager and fastest, into FOLDER/results. A row or a network for which no time is left is left out.
+Makes all weights of the book, then tables of them. The parts come in the order of their worth, and each may take its
+share of the time that is left:
+
+- ``shipped``: the shipped recipe, in bf16 and compiled, in FOLDER/shipped; what ships of it in FOLDER/weights
+- ``flow``: the same for the velocity (chapter 10) in FOLDER/flow; what ships of it, in 16 bits, in FOLDER/weights/flow
+- ``emoji``, ``latents``: those experiments, in FOLDER/emoji and FOLDER/latents; they say what ships
+- ``ladder``, ``ladder_flow``, ``guidance_sweep``, ``benchmark``: FOLDER/results, of the weights in FOLDER/weights. What
+  no time is left for is left out of a table
+
+The same command goes on where it was cut off: what is there is not made again, its time is for the others. A part that
+fails does not stop the others. On a CPU, too, ``--only flow`` makes of a finished training in FOLDER/flow what ships.
 
 To ship them, copy both folders over ``ddpm_tutorial/weights`` and ``ddpm_tutorial/results``: ``make results`` keeps
 what is complete and made with the shipped weights, and makes the rest again.
 """
 
 import argparse
+import shutil
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from ddpm_tutorial.checkpoint import INFO_FILE, STATE_FILE, read_training_info
 from ddpm_tutorial.command import train as command
 from ddpm_tutorial.command.arguments import Parser
 from ddpm_tutorial.data import load_fashion_mnist
 from ddpm_tutorial.diffusion import GaussianDiffusion
 from ddpm_tutorial.predictor import NoisePredictor
-from ddpm_tutorial.settings import TEXT, RunSettings, TrainConfig, number, whole
+from ddpm_tutorial.settings import TEXT, RunSettings, TrainConfig, number, one_of, whole
 from ddpm_tutorial.training import processes, train
 from ddpm_tutorial.unet import UNet
 
-from . import guidance_sweep, ladder
+from . import emoji, guidance_sweep, ladder, ladder_flow, latents
 from .benchmark.__main__ import speed_benchmark
 from .benchmark.measure import ENDLESS, pace
 from .benchmark.peers import shipped_config
-from .common import outcome, parsed_for_device
+from .common import outcome, parsed_for_device, read_result
 
-UNTIL = {"training": 0.5, "ladder": 0.7, "guidance_sweep": 0.8, "benchmark": 1.0}  # shares of the time
+WEIGHTS = {"shipped": 45, "flow": 12, "emoji": 15, "latents": 10}
+SHARES = WEIGHTS | {"ladder": 8, "ladder_flow": 3, "guidance_sweep": 3, "benchmark": 4}
+LATENTS_SHARE = 0.3  # of that part's time, for the training of each of its two models
+
+
+def seconds_for(parts: list[str], left: float) -> float:
+    """Of the seconds that are ``left`` for these parts, those of the first."""
+    return left * SHARES[parts[0]] / sum(SHARES[part] for part in parts)
 
 
 def steps_in(seconds: float, model: NoisePredictor, data: str | None, options: dict) -> int:
@@ -42,30 +61,93 @@ def steps_in(seconds: float, model: NoisePredictor, data: str | None, options: d
     return max(2, int((seconds - (time.perf_counter() - began) - loaded - start) / step))
 
 
+def is_complete(folder: Path) -> bool:
+    info = read_training_info(folder) if (folder / INFO_FILE).exists() else None
+    return info is not None and info["step"] == info["config"]["num_train_steps"]
+
+
+def trained(
+    seconds: float, run: Path, folder: Path, target: str, in_16_bits: bool, data: str | None, channels: int,
+    options: dict,
+) -> int:  # fmt: skip
+    """A training of Fashion-MNIST in the folder ``run``, and of its end what ships in ``folder``."""
+    given, status = {} if data is None else {"data": data}, 0
+    if is_complete(folder):
+        return status
+    if (run / STATE_FILE).exists() and not is_complete(run):
+        status = command.run(run, resume=True, **given)
+    elif not (run / STATE_FILE).exists():
+        unet = UNet(channels=channels, patch_size=RunSettings().patch_size, num_classes=10)
+        steps = steps_in(seconds, NoisePredictor(unet, GaussianDiffusion.from_schedule(), target), data, options)
+        every = {"checkpoint_every": max(1, steps // 5), "sample_every": 0}
+        status = command.run(run, **given, target=target, channels=channels, num_train_steps=steps, **options, **every)
+    if status == 0:
+        model = NoisePredictor.from_pretrained(run)
+        if in_16_bits:
+            model.unet.half()
+        model.save_pretrained(folder)
+        for name in (command.LOG_FILE, INFO_FILE):  # the latter says that it is complete
+            shutil.copy(run / name, folder / name)
+    return status
+
+
+def trained_latents(seconds: float, out: Path, *options: str) -> int:
+    """As long as in a run that was cut off, or as these seconds allow."""
+    before = read_result(out / "latents.json").get("settings", {}).get("seconds")
+    each = before or max(1, round(LATENTS_SHARE * seconds))
+    return latents.main(["--seconds", str(each), "--out", str(out), *options])
+
+
 def run(
-    minutes: float, out: Path, device: torch.device, data: str | None, num_images: int, channels: int, batch_size: int
-) -> None:
-    began, cuda = time.monotonic(), device.type == "cuda"
-    until = {name: began + 60 * minutes * share for name, share in UNTIL.items()}
+    minutes: float, out: Path, device: torch.device, data: str | None, only: list[str], num_images: int, channels: int,
+    batch_size: int,
+) -> None:  # fmt: skip
+    end, cuda = time.monotonic() + 60 * minutes, device.type == "cuda"
     weights, results = out / "weights", out / "results"
     results.mkdir(parents=True, exist_ok=True)
-    if not weights.exists():
-        options = {"batch_size": batch_size, "precision": "bf16" if cuda else "no", "compile": cuda}
-        unet = UNet(channels=channels, patch_size=RunSettings().patch_size, num_classes=10)
-        probe = NoisePredictor(unet, GaussianDiffusion.from_schedule(), RunSettings().target)
-        steps = steps_in(until["training"] - time.monotonic(), probe, data, options)
-        every = {"checkpoint_every": ENDLESS, "sample_every": ENDLESS}
-        given = {} if data is None else {"data": data}
-        command.run(weights, **given, channels=channels, num_train_steps=steps, **options, **every)
+    load_fashion_mnist("test", data)  # says what is wrong with it, once
+    options = {"batch_size": batch_size, "precision": "bf16" if cuda else "no", "compile": cuda}
+    network = {"data": data, "channels": channels, "options": options}
     told = f"python -m experiments.gpu --minutes {minutes:g} --num-images {num_images} --out FOLDER --data SOURCE"
     shared = {"command": told, "num_images": num_images, "seed": 0, "data": data, "checkpoint": str(weights)}
-    ladder.run(out=results / "ladder.json", **shared, until=until["ladder"])
-    steps = guidance_sweep.DEFAULTS["num_inference_steps"]
-    guidance_sweep.run(
-        out=results / "guidance_sweep.json", **shared, num_inference_steps=steps, until=until["guidance_sweep"]
-    )
-    out = results / f"benchmark-{device.type}.json"
-    speed_benchmark(told, out, device, rounds=3, quick=True, until=until["benchmark"])
+
+    on = ["--device", device.type]
+
+    def until(table: Callable, **options) -> Callable[[float], None]:
+        return lambda s: table(**options, until=time.monotonic() + s)
+
+    make = {
+        "shipped": lambda s: trained(s, out / "shipped", weights, "v", False, **network),
+        "flow": lambda s: trained(s, out / "flow", weights / "flow", "velocity", True, **network),
+        "emoji": lambda s: emoji.main(["--minutes", str(s / 60), "--out", str(out / "emoji"), *on]),
+        "latents": lambda s: trained_latents(s, out / "latents", *on, *([] if data is None else ["--data", data])),
+        "ladder": until(ladder.run, out=results / "ladder.json", **shared),
+        "ladder_flow": until(ladder_flow.run, out=results / "ladder-flow.json", flow=str(weights / "flow"), **shared),
+        "guidance_sweep": until(
+            guidance_sweep.run, out=results / "guidance_sweep.json", **shared,
+            num_inference_steps=guidance_sweep.DEFAULTS["num_inference_steps"],
+        ),
+        "benchmark": until(
+            speed_benchmark, command=told, out=results / f"benchmark-{device.type}.json", device=device, rounds=3,
+            quick=True,
+        ),
+    }  # fmt: skip
+    left, failed = [part for part in SHARES if part in only], []
+    while left:
+        seconds = seconds_for(left, max(0.0, end - time.monotonic()))
+        part = left.pop(0)
+        print(f"{part}: {seconds:.0f} s", flush=True)
+        torch.compiler.reset()  # it compiles one function for a few networks only
+        try:
+            status = 1 if part in WEIGHTS and seconds < 1 else make[part](seconds)
+        except Exception:
+            traceback.print_exc()
+            status = 1
+        if status and status > 128:  # stopped by a signal
+            raise KeyboardInterrupt
+        failed += [part] if status else []
+    if failed:
+        raise ValueError(f"not made: {', '.join(failed)}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -74,6 +156,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=number("above 0", lambda m: m > 0), default=9, metavar="M", help="in all")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for weights and results")
     parser.add_argument("--data", type=TEXT, metavar="SOURCE", help="Fashion-MNIST: hub, sample or a folder")
+    parser.add_argument("--only", type=one_of(*SHARES), nargs="+", default=list(SHARES), metavar="PART", help="parts")
     parser.add_argument("--num-images", type=whole(), default=2000, metavar="N", help="images a row")
     parser.add_argument("--channels", type=whole(), default=shipped_config()["channels"], metavar="N", help="width")
     # a step of few images leaves most of a GPU idle

@@ -82,41 +82,63 @@ def draw(sampler: Callable, model: NoisePredictor, labels: Tensor, seed: int) ->
     return images, calls // len(batches), *seconds
 
 
-def run(
-    command: str, out: Path, num_images: int, seed: int, data: str | None = None, checkpoint: str | None = None,
-    max_evaluations: int | None = None, until: float = float("inf"),
+def ready(checkpoint: str | Path | None) -> NoisePredictor:
+    """The network on its device, after a first batch: what that takes is in no row."""
+    model = NoisePredictor.from_pretrained(checkpoint).to(processes().device, memory_format=torch.channels_last)
+    with torch.no_grad():
+        t = torch.ones(BATCH_SIZE, dtype=torch.long, device=model.device)
+        model(torch.zeros(BATCH_SIZE, *model.image_shape, device=model.device), t)
+    return model
+
+
+def fill(
+    jobs: list[dict], drawn: Callable[[dict, Tensor, int], tuple[Tensor, int, float, float]], networks: dict[str, str],
+    *, command: str, out: Path, num_images: int, seed: int, data: str | None, until: float, again: dict | None = None,
 ) -> None:  # fmt: skip
-    model, judge = NoisePredictor.from_pretrained(checkpoint).to(processes().device), Classifier.from_pretrained()
+    """The table of these ``jobs``, images by ``drawn(job, labels, seed)``, as ``draw`` gives them, with ``networks`` of
+    these hashes; and one row ``again``, with other seeds."""
+    judge, device = Classifier.from_pretrained(), processes().device
     train, test = load_fashion_mnist("train", data), load_fashion_mnist("test", data)
     least = judge.num_features + 1
     if not least <= num_images <= len(test.images):
         raise ValueError(f"--num-images must lie in {least} … {len(test.images)} for this data, got {num_images}")
     settings = {
-        "num_images": num_images, "seed": seed, "device": model.device.type, "num_train_images": len(train.images),
-        "num_test_images": len(test.images), **made_with(checkpoint, Classifier),
+        "num_images": num_images, "seed": seed, "device": device.type, "num_train_images": len(train.images),
+        "num_test_images": len(test.images), **networks,
     }  # fmt: skip
-    jobs = ladder(model.diffusion.num_timesteps, max_evaluations)
-    table, again = Table(out, command, settings, jobs), dict(zip(("sampler", "allowed"), AGAIN, strict=True))
-    if not table.missing and ("other_seeds" in table or again not in jobs):
+    table = Table(out, command, settings, jobs)
+    wanted = again in jobs and "other_seeds" not in table
+    if not table.missing and not wanted:
         return
-    reference, labels = look(train.images, judge.to(model.device)), torch.arange(num_images) % model.num_classes
+    reference, labels = look(train.images, judge.to(device)), torch.arange(num_images) % len(train.class_names)
     if "real" not in table:
         table["real"] = real_figures(test, reference, num_images, seed, judge)
-    warm = torch.zeros(BATCH_SIZE, *model.image_shape, device=model.device)
-    with torch.no_grad():  # outside the clock
-        model.to(memory_format=torch.channels_last)(warm, torch.ones(BATCH_SIZE, dtype=torch.long, device=model.device))
 
     def row(job: dict) -> dict:
-        images, evaluations, wall, processor = draw(solver(**job), model, labels, seed)
+        images, evaluations, wall, processor = drawn(job, labels, seed)
         figures = sample_figures(look(images, judge), labels, reference, seed)
         return {"evaluations": evaluations} | figures | {"seconds": wall, "processor_seconds": processor}  # an image
 
     table.fill(row, cost=lambda job: job["allowed"], until=until)
-    if "other_seeds" not in table and again in jobs and time.monotonic() < until:
+    if wanted and time.monotonic() < until:
         seeds = range(seed + 1, seed + NUM_SEEDS + 1)
-        drawn = [look(draw(solver(**again), model, labels, own)[0], judge) for own in seeds]
-        figures = spread([sample_figures(seen, labels, reference, own) for seen, own in zip(drawn, seeds, strict=True)])
-        table["other_seeds"] = again | {"number": NUM_SEEDS} | figures
+        seen = [look(drawn(again, labels, own)[0], judge) for own in seeds]
+        figures = [sample_figures(images, labels, reference, own) for images, own in zip(seen, seeds, strict=True)]
+        table["other_seeds"] = again | {"number": NUM_SEEDS} | spread(figures)
+
+
+def run(
+    command: str, out: Path, num_images: int, seed: int, data: str | None = None, checkpoint: str | None = None,
+    max_evaluations: int | None = None, until: float = float("inf"),
+) -> None:  # fmt: skip
+    model = ready(checkpoint)
+
+    def drawn(job: dict, labels: Tensor, seed: int) -> tuple[Tensor, int, float, float]:
+        return draw(solver(**job), model, labels, seed)
+
+    fill(ladder(model.diffusion.num_timesteps, max_evaluations), drawn, made_with(checkpoint, Classifier),
+         command=command, out=out, num_images=num_images, seed=seed, data=data, until=until,
+         again=dict(zip(("sampler", "allowed"), AGAIN, strict=True)))  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,0 +1,73 @@
+"""The network trained by flow matching beside the shipped one, for chapter 10: python -m experiments.ladder_flow.
+
+Both draw as many images for each number of network evaluations, from the same noise and for the same labels, by Euler's
+method, which is DDIM, and by Heun's; with timesteps even in t, as the other ladder, and even on the straight path.
+"""
+
+import sys
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+
+from torch import Tensor
+
+from ddpm_tutorial.diffusion import GaussianDiffusion
+from ddpm_tutorial.flow import SHIPPED_FLOW, noise_model_of, path_times, straight_beta_schedule, velocity_of
+from ddpm_tutorial.metrics import Classifier
+from ddpm_tutorial.settings import TEXT, whole
+
+from .common import fingerprint, made_with, run_command, table_parser
+from .ladder import draw, fill, ready, solver
+
+DEFAULTS = {"num_images": 1000, "seed": 0}
+EVALUATIONS = (1, 2, 4, 8, 20, 50)
+SAMPLERS = {"Euler": "DDIM, η = 0", "Heun": "Heun"}  # as ``ladder`` calls them
+
+
+def ladder() -> list[dict]:
+    """What each row is about, the cheapest first. Of one or two evaluations Heun's method makes one step, Euler's."""
+    names = "allowed", "network", "even_in", "sampler"
+    rows = product(EVALUATIONS, ("shipped", "flow"), ("t", "u"), SAMPLERS)
+    return [dict(zip(names, row, strict=True)) for row in rows if row[-1] == "Euler" or row[0] > 2]
+
+
+def even_in_u(sampler: Callable) -> Callable:
+    """The sampler, its timesteps even on the straight path; of the model's own, each is the one that lies nearest."""
+
+    def sample(model: Callable, diffusion: GaussianDiffusion, shape: tuple[int, ...], **options):
+        times, velocity = path_times(diffusion)[0], velocity_of(model, diffusion)
+        even = GaussianDiffusion(straight_beta_schedule(diffusion.num_timesteps)).to(times.device)
+
+        def nearest(x_u: Tensor, u: Tensor) -> Tensor:
+            return velocity(x_u, 1 + (times[1:] - u[0]).abs().argmin().item())
+
+        return sampler(noise_model_of(nearest, even), even, shape, **options)
+
+    return sample
+
+
+def run(
+    command: str, out: Path, num_images: int, seed: int, data: str | None = None, checkpoint: str | None = None,
+    flow: str | None = None, until: float = float("inf"),
+) -> None:  # fmt: skip
+    flow = flow or SHIPPED_FLOW
+    networks = {"shipped": ready(checkpoint), "flow": ready(flow)}
+
+    def drawn(job: dict, labels: Tensor, seed: int) -> tuple[Tensor, int, float, float]:
+        sampler = solver(SAMPLERS[job["sampler"]], job["allowed"])
+        sampler = even_in_u(sampler) if job["even_in"] == "u" else sampler
+        return draw(sampler, networks[job["network"]], labels, seed)
+
+    fill(ladder(), drawn, made_with(checkpoint, Classifier) | {"flow": fingerprint(flow)}, command=command, out=out,
+         num_images=num_images, seed=seed, data=data, until=until)  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = table_parser("ladder_flow", "The network trained by flow matching beside the shipped one.", "ladder-flow")
+    parser.add_argument("--flow", type=TEXT, metavar="FOLDER", help="(default: the shipped weights of chapter 10)")
+    parser.add_argument("--num-images", type=whole(), metavar="N", help="images a row (default: 1000)")
+    return run_command(parser, argv, run, DEFAULTS)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
