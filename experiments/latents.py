@@ -111,14 +111,16 @@ def trained_diffusion(
         torch.manual_seed(options["seed"])
         network, diffusion = UNet(**unet), GaussianDiffusion.from_schedule()
         model = NoisePredictor(network, diffusion, "v", data.shape[1:], train_set.class_names)
-        return train(model, data, train_set.labels, TrainConfig(steps, **options))
+        return train(model, data, train_set.labels, config(steps))
+
+    def config(steps: int) -> TrainConfig:
+        return TrainConfig(steps, warmup_steps=min(TrainConfig().warmup_steps, steps // 10), **options)
 
     steps = num_train_steps or steps_for(seconds, begin)
     last, seconds = run_through(begin(steps))
     last.check()
     device = last.model.device
-    return kept(last.ema.module, folder, config=asdict(TrainConfig(steps, **options)), seconds=seconds,
-                device=device.type)  # fmt: skip
+    return kept(last.ema.module, folder, config=asdict(config(steps)), seconds=seconds, device=device.type)
 
 
 def networks(
