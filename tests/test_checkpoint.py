@@ -194,7 +194,7 @@ def test_crash_between_two_moves(crops, whole, tmp_path, monkeypatch, moves):
     NoisePredictor.from_pretrained(out)
 
     # A run that has nothing left to do writes no checkpoint: still, model and state must be of one step.
-    train_to_folder(new_model(), *crops, replace(CONFIG, num_train_steps=4), out, resume=True)
+    train_to_folder(new_model(), *crops, replace(CONFIG, num_train_steps=4), out, resume=True, **EVERY_FOUR)
     assert read_training_info(out)["step"] == 4
     assert_same_model_as_state(out)
     train_to_folder(new_model(), *crops, CONFIG, out, resume=True, **EVERY_FOUR)
