@@ -113,7 +113,10 @@ def load_images(
     if source in ("hub", "sample"):
         data = load_fashion_mnist(split, source)
     elif folder.is_dir() and _find_idx(folder):
-        data = _load_idx_folder(folder, split)
+        pixels, values = _read_idx_folder(folder, split)
+        labels, names = classes_of(values.tolist())
+        names = CLASS_NAMES if _is_fashion(pixels, values, split) else names
+        data = ImageData(torch.from_numpy(pixels)[:, None], labels, names)
     else:
         if folder.is_dir():
             found = from_folder(folder, split)
@@ -179,15 +182,6 @@ def _read_hub(split: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _is_fashion(images: np.ndarray, labels: np.ndarray, split: str) -> bool:
     return hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest() == FASHION_SHA256[split]
-
-
-def _load_idx_folder(folder: Path, split: str) -> ImageData:
-    """IDX files of any images; classes have the names of Fashion-MNIST if they are its, else their numbers."""
-    images, labels = _read_idx_folder(folder, split)
-    numbers, names = classes_of(labels.tolist())
-    if _is_fashion(images, labels, split):
-        names = CLASS_NAMES
-    return ImageData(torch.from_numpy(images)[:, None], numbers, names)
 
 
 def _read_idx_folder(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:

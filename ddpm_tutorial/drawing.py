@@ -26,22 +26,16 @@ def draw_images(model: NoisePredictor, labels: Tensor, *options, **named) -> Ten
 
 
 def draw_batches(
-    model: NoisePredictor,
-    labels: Tensor,
-    sampler: str = "ddim",
-    num_inference_steps: int | None = None,
-    guidance_scale: float = 1.0,
-    seed: int = 0,
-    eta: float | None = None,
-    batch_size: int = BATCH_SIZE,
+    model: NoisePredictor, labels: Tensor, *options, batch_size: int = BATCH_SIZE, **named
 ) -> Iterator[Tensor]:
     """One image for each label, in uint8 batches (≤ batch_size, C, H, W) as they are done: memory stays bounded.
-    Another batch size gives the same images but for rounding, a grey level here and there.
+    Another batch size gives the same images but for rounding, a grey level here and there. The options are those of
+    ``sampler_of_images``.
 
     ValueError at the call, before anything is drawn, names the option that is wrong; FloatingPointError where an image
     is not finite.
     """
-    begin = sampler_of_images(model, sampler, num_inference_steps, guidance_scale, seed, eta)
+    begin = sampler_of_images(model, *options, **named)
 
     def batches() -> Iterator[Tensor]:
         with _progress(model, labels) as bar:

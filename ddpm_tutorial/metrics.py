@@ -117,7 +117,10 @@ def train_classifier(
         x = to_model_range(images[index])
         flip = torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5
         x = torch.where(flip, x.flip(-1), x)
-        inputs = [x] if diffusion is None else _noised(x, diffusion, generator)
+        inputs = [x]
+        if diffusion is not None:
+            t = torch.randint(1, diffusion.num_timesteps + 1, x.shape[:1], generator=generator)
+            inputs = [diffusion.q_sample(x, t, torch.randn(x.shape, generator=generator)), t]
         logits = model(*(part.to(device) for part in inputs))
         loss = F.cross_entropy(logits, labels[index].to(device))
         optimizer.zero_grad(set_to_none=True)
@@ -126,12 +129,6 @@ def train_classifier(
         schedule.step()
         yield step, loss.detach()
     model.eval()
-
-
-def _noised(x_0: Tensor, diffusion: GaussianDiffusion, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """x_0 with noise, and the timesteps (B,) it belongs to, uniform in 1 … T."""
-    t = torch.randint(1, diffusion.num_timesteps + 1, x_0.shape[:1], generator=generator)
-    return diffusion.q_sample(x_0, t, torch.randn(x_0.shape, generator=generator)), t
 
 
 class Seen(NamedTuple):

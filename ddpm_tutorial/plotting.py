@@ -16,7 +16,7 @@ from string import Template
 import matplotlib.pyplot as plt
 import torch
 from einops import rearrange
-from matplotlib.animation import AbstractMovieWriter, FuncAnimation, PillowWriter
+from matplotlib.animation import AbstractMovieWriter, FuncAnimation
 from matplotlib.patches import FancyArrowPatch
 from matplotlib.path import Path as Line
 from PIL import Image
@@ -96,10 +96,7 @@ def show_points(clouds: Sequence[Tensor], titles: Sequence[str], *, limit: float
 def animate_images(
     frames: Iterable[Tensor], titles: Sequence[str], *, columns: int = 8, fps: int = 10
 ) -> FuncAnimation:
-    """An animation of image batches (N, C, H, W), one batch a frame, as a grid of ``columns``.
-
-    Show it with ``play``, or write a GIF with ``save_gif``.
-    """
+    """An animation of image batches (N, C, H, W), one batch a frame, as a grid of ``columns``. ``play`` shows it."""
     grids = [rearrange(make_grid(_displayable(f), nrow=columns, pad_value=128), "c h w -> h w c") for f in frames]
     height, width = grids[0].shape[:2]
     scale, title_height = max(1, 320 // width), 24  # whole screen pixels for each image pixel: sharp, and small files
@@ -204,11 +201,6 @@ def play(animation: FuncAnimation, alt: str = "A film; the text beside it says w
             rows=rows, alt=html.escape(alt), source=source, last=count - 1, interval=round(animation._interval),
         )
     )  # fmt: skip
-
-
-def save_gif(animation: FuncAnimation, path: str | Path, fps: int = 10) -> None:
-    """Write the animation as a GIF."""
-    animation.save(str(path), writer=PillowWriter(fps=fps))
 
 
 def show_source(function) -> None:

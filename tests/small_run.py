@@ -10,10 +10,14 @@ from ddpm_tutorial.unet import UNet
 CONFIG = TrainConfig(num_train_steps=8, batch_size=16, warmup_steps=2, lr=1e-3, ema_decay=0.9)
 
 
-def new_model(seed: int = 0, target: str = "noise", schedule: str = "linear", **options) -> NoisePredictor:
+def new_model(
+    seed: int = 0, target: str = "noise", schedule: str = "linear", image_size: int = 28, **options
+) -> NoisePredictor:
     torch.manual_seed(seed)
     unet = UNet(**({"channels": 16, "patch_size": 2, "num_classes": 10} | options))
-    return NoisePredictor(unet, GaussianDiffusion.from_schedule(schedule), target)
+    return NoisePredictor(
+        unet, GaussianDiffusion.from_schedule(schedule), target, (unet.in_channels, image_size, image_size)
+    )
 
 
 def weights(module: torch.nn.Module) -> torch.Tensor:

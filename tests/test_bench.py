@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from ddpm_tutorial.data import load_fashion_mnist
 from experiments.benchmark import __main__ as benchmark
 from experiments.benchmark import peers, recipe
 
@@ -75,7 +76,12 @@ def test_quick_writes_a_complete_table_once(tmp_path, monkeypatch, capsys):
     assert benchmark.main(options) == 0
 
 
-def test_quick_recipe_times_both(tmp_path):
+def test_quick_recipe_times_both(tmp_path, monkeypatch):
+    def first(split, source):
+        data = load_fashion_mnist(split, source)
+        return data._replace(images=data.images[:500], labels=data.labels[:500])
+
+    monkeypatch.setattr(recipe, "load_fashion_mnist", first)
     out = tmp_path / "recipe.json"
     assert benchmark.main(["--recipe", "--quick", "--seconds", "1", "--data", "sample", "--out", str(out)]) == 0
     result = json.loads(out.read_text())

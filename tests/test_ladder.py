@@ -34,6 +34,7 @@ def small(monkeypatch):
     monkeypatch.setattr(ladder, "load_fashion_mnist", lambda split, source: first(load_fashion_mnist(split, source)))
     monkeypatch.setattr(ladder, "EVALUATIONS", (3, 4, 24))
     monkeypatch.setattr(ladder, "AGAIN", ("Heun", 24))
+    monkeypatch.setattr(ladder, "BATCH_SIZE", N)
     monkeypatch.setattr(metrics, "REAL_SUBSETS", 3)
 
     def run(out, *options):

@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 from matplotlib.patches import FancyArrowPatch
-from PIL import Image, ImageSequence
+from PIL import Image
 
 from ddpm_tutorial.plotting import (
     animate_images,
@@ -17,7 +17,6 @@ from ddpm_tutorial.plotting import (
     draw_block,
     draw_unet,
     play,
-    save_gif,
     show_images,
     show_points,
     show_source,
@@ -74,13 +73,9 @@ def test_points_are_drawn_on_equal_axes(generator):
         assert axis.get_xlim() == axis.get_ylim() == (-3, 3)
 
 
-def test_animation_is_one_gif_frame_each_and_html_without_a_network(images, tmp_path):
+def test_animation_is_a_picture_each_in_html_without_a_network(images):
     frames = [images, 255 - images, images.flip(0)]
     animation = animate_images(frames, ["one", "two", "three"], columns=4)
-    save_gif(animation, tmp_path / "film.gif")
-    with Image.open(tmp_path / "film.gif") as film:
-        pictures = [frame.convert("L").tobytes() for frame in ImageSequence.Iterator(film)]
-    assert len(pictures) == 3 and len(set(pictures)) == 3
     html = play(animation, "three pictures").data
     assert 'alt="three pictures"' in html and 'max="2"' in html and "http" not in html
     shown = frames_of(html, columns=2)

@@ -89,23 +89,20 @@ def print_bits(report: dict) -> None:
 
 def measure_samples(
     model: NoisePredictor, data: str | None, seed: int, num_images: int = 200, samples: Path | None = None,
-    repeats: int = 1, features: str = "own", sampler: str = "ddim", num_inference_steps: int | None = None,
-    guidance_scale: float = 1.0, eta: float | None = None,
+    repeats: int = 1, features: str = "own", **sampling,
 ) -> dict:  # fmt: skip
     """The figures of samples beside those of as many real test images.
 
-    ``repeats`` sets of samples are drawn, or made of the given ones; the real ones are random subsets of the test set.
-    Each set has as many of each class as there are. Each figure is a mean and a standard deviation over the sets (over
-    one set, for the classifier trained on them).
+    ``repeats`` sets of samples are drawn, with the options of ``drawing.draw_images``, or made of the given ones; the
+    real ones are random subsets of the test set. Each set has as many of each class as there are. Each figure is a mean
+    and a standard deviation over the sets (over one set, for the classifier trained on them).
     """
     if list(model.class_names) != list(CLASS_NAMES) or model.image_shape != (1, 28, 28):
         raise ValueError("--metric samples knows Fashion-MNIST only: its classifier was trained on those ten classes")
     train, test = load_fashion_mnist("train", data), load_fashion_mnist("test", data)
     judge = _judge(features, model.device)
     if samples is None:
-        options = {"sampler": sampler, "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
-        options["eta"] = eta
-        made = options
+        made = {"sampler": "ddim", "num_inference_steps": None, "guidance_scale": 1.0, "eta": None} | sampling
         count = num_images or len(test.images)
     else:
         made, (images, labels) = {"samples": samples.name}, read_samples(samples)
@@ -116,7 +113,7 @@ def measure_samples(
         raise ValueError(f"between {least} and {len(test.images)} images can be judged beside this data, got {count}")
     if samples is None:
         labels = torch.arange(count) % len(CLASS_NAMES)
-        drawn = [(draw_images(model, labels, **options, seed=seed + i), labels) for i in range(repeats)]
+        drawn = [(draw_images(model, labels, **made, seed=seed + i), labels) for i in range(repeats)]
     else:
         order = labels.argsort(stable=True)  # every set gets as many of each class
         sets = [order[i::repeats][:count].sort().values for i in range(repeats)]
