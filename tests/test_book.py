@@ -109,6 +109,17 @@ def test_numbered_equations_break_lines_with_cr(notebook):
 
 
 @of_chapters
+def test_opening_says_what_it_takes_as_the_front_page_does(path, notebook):
+    opening = notebook.cells[0].source
+    row = re.search(rf"\({path.name}\).*\| ([^|]*); (.*) \|", read("book/index.md"))
+    form = r"\n\*\*After this chapter you can\*\*\n.*\n\*\*Time:\*\* (\S+ h)\b.*\n\*\*You need:\*\* "
+    said = re.search(form, opening, re.S)
+    assert said and said[1] == row[1]
+    needs = opening[said.end() :].replace("chapter", "")
+    assert all(re.search(rf"\b{number}\b", needs) for number in re.findall(r"\d+", row[2]))
+
+
+@of_chapters
 def test_equation_numbers_are_unique(notebook):
     tags = re.findall(r"\\tag\{([^}]*)\}", "\n".join(markdown(notebook)))
     assert len(tags) >= 2 and len(set(tags)) == len(tags)
