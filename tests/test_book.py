@@ -63,8 +63,8 @@ def test_begins_with_title_and_colab_link(path, notebook):
     assert first.cell_type == "markdown" and first.source.startswith("# ")
     link = f"https://colab.research.google.com/github/{REPOSITORY}/blob/main/book/{path.name}"
     assert link in first.source
-    install = r'\nif importlib.util.find_spec\("ddpm_tutorial"\) is None:.*\n    %pip install -q git\+https://github.com/'
-    assert re.search(install + REPOSITORY + r"\n", code_cells(notebook)[0].source), "alone in a folder it would not run"
+    line = r'\nif importlib.util.find_spec\("ddpm_tutorial"\) is None:.*\n    %pip install -q git\+https://github.com/'
+    assert re.search(line + REPOSITORY + r"\n", code_cells(notebook)[0].source), "alone in a folder it would not run"
     assert sum(len(re.findall(r"^# ", text, re.M)) for text in markdown(notebook)) == 1
 
 
