@@ -63,8 +63,8 @@ def test_begins_with_title_and_colab_link(path, notebook):
     assert first.cell_type == "markdown" and first.source.startswith("# ")
     link = f"https://colab.research.google.com/github/{REPOSITORY}/blob/main/book/{path.name}"
     assert link in first.source
-    install = r'\nif importlib.util.find_spec\("ddpm_tutorial"\) is None:.*\n    %pip install -q git\+https://github.com/'
-    assert re.search(install + REPOSITORY + r"\n", code_cells(notebook)[0].source), "alone in a folder it would not run"
+    line = r'\nif importlib.util.find_spec\("ddpm_tutorial"\) is None:.*\n    %pip install -q git\+https://github.com/'
+    assert re.search(line + REPOSITORY + r"\n", code_cells(notebook)[0].source), "alone in a folder it would not run"
     assert sum(len(re.findall(r"^# ", text, re.M)) for text in markdown(notebook)) == 1
 
 
@@ -106,6 +106,17 @@ def test_numbered_equations_break_lines_with_cr(notebook):
     """Sphinx puts a formula with a double backslash inside its own environment, in which MathJax refuses \\tag."""
     for formula in re.findall(r"\$\$.*?\$\$", "\n\n".join(markdown(notebook)), re.S):
         assert not (r"\tag" in formula and r"\\" in formula), formula
+
+
+@of_chapters
+def test_opening_says_what_it_takes_as_the_front_page_does(path, notebook):
+    opening = notebook.cells[0].source
+    row = re.search(rf"\({path.name}\).*\| ([^|]*); (.*) \|", read("book/index.md"))
+    form = r"\n\*\*After this chapter you can\*\*\n.*\n\*\*Time:\*\* (\S+ h)\b.*\n\*\*You need:\*\* "
+    said = re.search(form, opening, re.S)
+    assert said and said[1] == row[1]
+    needs = opening[said.end() :].replace("chapter", "")
+    assert all(re.search(rf"\b{number}\b", needs) for number in re.findall(r"\d+", row[2]))
 
 
 @of_chapters
