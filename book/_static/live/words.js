@@ -5,7 +5,9 @@ import { button, choice, el, explain, job, new_seed, row, slider } from "./ui.js
 import { STEPS, watch } from "./watch.js";
 
 const EMOJI = { channels: 3, side: 32 };
-const WISHES = ["red heart", "blue circle", "smiling face", "cat face", "person running", "flag", "blue apple", "no words"];
+const WISHES = [
+  "red heart", "green heart", "cat face", "smiling face", "blue circle", "person running", "blue apple", "no words",
+];
 
 /** A text as a row of word numbers, each word once; the null label alone where there is none. words.py's captions_of. */
 export function caption_of(text, vocabulary) {
@@ -51,8 +53,8 @@ export default function words() {
     status,
     view.back,
     list,
-    explain(`The network of this chapter, in your browser; it is loaded when you press Draw, once. The words become one vector,
-      the mean of theirs (11.3). In each of ${STEPS} steps the network is asked with the words and without, and the guided
+    explain(`The network of this chapter, in your browser; it is loaded when you press Draw, 6 to 7 MB, once. The words
+      become one vector, the mean of theirs (11.3). In each of ${STEPS} steps the network is asked with the words and without, and the guided
       noise (7.1) goes <i>s</i> times the way from the second answer to the first; without that noise the right image is
       left (6.8), and a little of the way there is gone. The same noise, words and <i>s</i> draw the same.`),
   ];
