@@ -23,6 +23,7 @@ from ddpm_tutorial.guidance import classifier_free
 from ddpm_tutorial.predictor import NoisePredictor
 from ddpm_tutorial.sampling import ddim_timesteps, sample_ddim, sample_ddpm, sample_dpmpp_2m, sample_heun
 from ddpm_tutorial.toy import GaussianMixture
+from ddpm_tutorial.words import EMOJI_WEIGHTS, captions_of, load_emoji
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "book" / "_static" / "live"
@@ -32,6 +33,7 @@ content="width=device-width"><link rel="icon" href="data:,"><link rel="styleshee
 <script type="module" src="/live/live.js"></script><main><h1>live</h1>{}</main></html>"""
 ROUNDING = 5e-4  # of one evaluation between two processors, and of the steps that follow; pixels run from −1 to 1
 GREY_LEVEL = 2 / 255
+WISH = "Blue cat, blue face"
 
 pytestmark = pytest.mark.skipif(not CHROMIUM and not CI, reason="Chromium is not installed")
 
@@ -90,13 +92,14 @@ def page(browser, address):
 # ---------------------------------------------------------------------------------------- the samplers, against PyTorch
 # Runs a sampler of samplers.js. `call` is the line that calls it; what PyTorch got has the same name there, and randn
 # hands out the noise that PyTorch drew, in its order.
-IN_BROWSER = """async ({ call, drawn, given }) => {
+IN_BROWSER = """async ({ call, drawn, given, which }) => {
     const js = await import("/live/samplers.js"), { network } = await import("/live/network.js");
-    const net = await network();
+    const { caption_of } = await import("/live/words.js");
+    const net = await network(which);
     const randn = () => Float32Array.from(drawn.shift());
     const arrays = Object.fromEntries(Object.entries(given).map(([name, x]) => [name, Float32Array.from(x)]));
     const model = (labels) => (x_t, t) => net.model(x_t, t, labels);
-    const names = { ...js, ...net, ...arrays, model, randn };
+    const names = { ...js, ...net, ...arrays, model, randn, net, caption_of };
     const steps = new Function(...Object.keys(names), "return " + call)(...Object.values(names));
     const all = [];
     for await (const { t, x_t, pred_x0 } of steps) all.push({ t, x_t: [...x_t], pred_x0: [...pred_x0] });
@@ -125,16 +128,17 @@ def flat(x):
     return x.flatten().tolist()
 
 
-def same_steps(page, wanted, call, drawn, **given):
+def same_steps(page, wanted, call, drawn, which="model", within=ROUNDING, **given):
     """Every step in the browser is PyTorch's: t, x_t and pred_x0."""
     wanted = list(wanted)
-    arguments = {"call": call, "drawn": [flat(x) for x in drawn], "given": {k: flat(x) for k, x in given.items()}}
+    given = {name: flat(x) for name, x in given.items()}
+    arguments = {"call": call, "drawn": [flat(x) for x in drawn], "given": given, "which": which}
     got = page.evaluate(IN_BROWSER, arguments)
     assert [step["t"] for step in got] == [step.t for step in wanted]
     for ours, theirs in zip(got, wanted, strict=True):
         for name in ("x_t", "pred_x0"):
             exact = getattr(theirs, name).flatten()
-            torch.testing.assert_close(torch.tensor(ours[name]), exact, rtol=0, atol=ROUNDING)
+            torch.testing.assert_close(torch.tensor(ours[name]), exact, rtol=0, atol=within)
 
 
 @pytest.fixture(scope="module")
@@ -165,10 +169,25 @@ def test_guidance_is_pytorchs(page, predictor, x_T, draws, scale):
     guided = classifier_free(predictor, torch.tensor([3, 9]), scale)
     wanted = sample_dpmpp_2m(guided, predictor.diffusion, x_T.shape, x_T=x_T, num_inference_steps=5)
     call = (
-        f"sample_dpmpp_2m(classifier_free(net_model, [3, 9], null_label, {scale}), diffusion, x_T, "
+        f"sample_dpmpp_2m(classifier_free(net.model, [3, 9], null_label, {scale}), diffusion, x_T, "
         "{ num_inference_steps: 5 })"
-    ).replace("net_model", "((x_t, t, labels) => model(labels)(x_t, t))")
+    )
     same_steps(page, wanted, call, draws, x_T=x_T)
+
+
+@pytest.mark.parametrize(("text", "start", "within"), [(WISH, 960, ROUNDING), ("", 960, ROUNDING), (WISH, 1000, 0.02)])
+def test_emoji_are_pytorchs(live, page, draws, text, start, within):
+    """At T the cosine schedule leaves 1/20,000 of the image: what float32 rounds of the noise is seen in the guess."""
+    predictor = live.rounded(NoisePredictor.from_pretrained(EMOJI_WEIGHTS))
+    x_T = torch.randn(1, *predictor.image_shape, generator=torch.Generator().manual_seed(0))
+    guided = classifier_free(predictor, captions_of([text], predictor.class_names), 3)
+    wanted = sample_ddim(guided, predictor.diffusion, x_T.shape, x_T=x_T, num_inference_steps=8, start=start)
+    call = f"""(() => {{
+        const caption = caption_of("{text}", class_names);
+        const guided = classifier_free(net.model, [caption], caption.map(() => null_label), 3);
+        return sample_ddim(guided, diffusion, x_T, {{ num_inference_steps: 8, start: {start} }});
+    }})()"""
+    same_steps(page, wanted, call, draws, "emoji", within, x_T=x_T)
 
 
 @pytest.mark.parametrize("loops", [1, 3])
@@ -257,8 +276,8 @@ def figure(page, name):
 
 
 def pixels(box, index):
-    """The grey levels of a figure's picture, (784,)."""
-    script = "c => [...c.getContext('2d').getImageData(0, 0, 28, 28).data].filter((_, i) => i % 4 === 0)"
+    """The levels of red in a figure's picture, (H·W,); where it is grey, those of grey."""
+    script = "c => [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data].filter((_, i) => i % 4 === 0)"
     return torch.tensor(box.locator("canvas").nth(index).evaluate(script))
 
 
@@ -427,6 +446,35 @@ def test_strength(page):
     assert (pixels(box, 2) - pixels(box, 0)).abs().float().mean() < far
 
 
+def test_words(page):
+    box = figure(page, "words")
+    text, noise = box.get_by_role("textbox", name="Words"), pixels(box, 0)
+    text.fill("a Dogs")
+    press(box, "Draw")
+    finished(box, "It did not work: “dogs” is not one of the 562 words known, which are listed below; near ones: dog.")
+    assert box.get_by_text("dog, dollar").count() == 1  # in the list
+    examples = box.get_by_role("combobox", name="Examples")
+    *wishes, _ = examples.get_by_role("option").all_inner_texts()
+    captions_of(wishes, load_emoji().vocabulary)  # ValueError if it did not know one
+    examples.select_option("blue circle")
+    finished(box, "Drawn: blue circle, s = 3.0. 25 evaluations of 2 images")
+    drawn = pixels(box, 0)
+    assert torch.equal(drawn, pixels(box, 1)) and not torch.equal(drawn, noise)
+    text.fill("flag")
+    text.press("Enter")
+    finished(box, "Drawn: flag, s = 3.0")
+    assert slide(box, "Look back", "Home") == "0" and torch.equal(pixels(box, 0), noise)  # the same for other words
+    slide(box, "s =", "Home")
+    finished(box, "Drawn: flag, s = 0.0. 25 evaluations,")
+    without = pixels(box, 0)
+    examples.select_option("no words")
+    finished(box, "Drawn: no words, s = 0.0")
+    assert torch.equal(pixels(box, 0), without) and not torch.equal(without, drawn)
+    press(box, "Another noise")
+    press(box, "Stop")
+    finished(box, "Stopped")
+
+
 # --------------------------------------------------------------------------------------------- on every reader's screen
 @pytest.mark.parametrize("width", [320, 390, 768])
 def test_figures_fit_the_screen(page, width):
@@ -443,7 +491,7 @@ def test_figures_fit_the_screen(page, width):
 def test_every_control_has_a_name_and_every_picture_its_words(page):
     for name in NAMES:
         box = figure(page, name)
-        for role in ("button", "slider", "combobox", "img", "progressbar", "application"):
+        for role in ("button", "slider", "combobox", "textbox", "img", "progressbar", "application"):
             assert box.get_by_role(role).count() == box.get_by_role(role, name=re.compile(r"\S")).count(), (name, role)
         assert re.search(r"\(\d\.\d+\)", box.inner_text()), "no equation is named"
 

@@ -1,6 +1,6 @@
 """What the site's live figures compute with: python tools/live.py FOLDER. As a Sphinx extension it runs in every build.
 
-It writes the shipped network as ONNX, real images as one picture, and the part of onnxruntime-web that runs a network,
+It writes the shipped networks as ONNX, real images as one picture, and the part of onnxruntime-web that runs a network,
 which npm brings (package-lock.json says which). The scripts that use them are in book/_static/live.
 """
 
@@ -20,10 +20,12 @@ import onnx
 import torch
 from filelock import FileLock
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddpm_tutorial.data import load_fashion_mnist
+from ddpm_tutorial.files import SHIPPED_WEIGHTS
 from ddpm_tutorial.predictor import NoisePredictor
+from ddpm_tutorial.words import EMOJI_WEIGHTS
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "node_modules" / "onnxruntime-web"
@@ -31,14 +33,19 @@ RUNTIME = (
     "ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm",
     "ort.jspi.min.mjs", "ort-wasm-simd-threaded.jspi.mjs", "ort-wasm-simd-threaded.jspi.wasm",
 )  # fmt: skip  # for the processor, and for a graphics card
-BATCH = torch.export.Dim("batch", min=1, max=64)
-PROBE = {"t": 500, "label": 3}
+BATCH, WORDS = (torch.export.Dim(name, min=1, max=64) for name in ("batch", "words"))
+PROBE_T = 500
+NETWORKS = {"model": (SHIPPED_WEIGHTS, torch.tensor([3])), "emoji": (EMOJI_WEIGHTS, torch.tensor([[3, 5]]))}
+# of each its folder, and the label (1,) or the caption (1, L) that it is probed with
 
 
-def export(predictor: nn.Module, image_shape: tuple[int, ...]) -> onnx.ModelProto:
-    """The function (x_t, t, labels) → noise as ONNX, for any batch; t and labels are int32."""
-    example = torch.zeros(2, *image_shape), torch.ones(2, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
-    program = torch.export.export(predictor.eval(), example, dynamic_shapes=({0: BATCH},) * 3, strict=True)
+def export(predictor: NoisePredictor, probe: Tensor) -> onnx.ModelProto:
+    """The function (x_t, t, labels) → noise as ONNX, for any batch; t and labels are int32, and where ``probe`` is a
+    caption, captions of any length."""
+    labels = torch.cat([probe, probe]).int()
+    example = torch.zeros(2, *predictor.image_shape), torch.ones(2, dtype=torch.int32), labels
+    shapes = {0: BATCH}, {0: BATCH}, dict(enumerate((BATCH, WORDS)[: labels.ndim]))
+    program = torch.export.export(predictor.eval(), example, dynamic_shapes=shapes, strict=True)
     names = {"input_names": ["x_t", "t", "labels"], "output_names": ["noise"]}
     model = torch.onnx.export(program, opset_version=18, verbose=False, **names).model_proto
     for entry in (*model.graph.node, *model.graph.value_info, *model.graph.initializer, model.graph, model):
@@ -85,10 +92,10 @@ def one_of_each(images: Tensor, labels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def known_answer(predictor: NoisePredictor) -> list[float]:
+def known_answer(predictor: NoisePredictor, probe: Tensor) -> list[float]:
     """The predicted noise in a picture of sines, at its first pixels: what a browser is checked by."""
     x_t = torch.arange(math.prod(predictor.image_shape)).float().sin().view(1, *predictor.image_shape)
-    noise = predictor(x_t, torch.tensor([PROBE["t"]]), torch.tensor([PROBE["label"]]))
+    noise = predictor(x_t, torch.tensor([PROBE_T]), probe)
     return [round(value, 4) for value in noise.flatten()[:100].tolist()]
 
 
@@ -126,18 +133,27 @@ def build(folder: Path) -> str:
         return f"the live figures that need the model are left out of this build: {error}"
     for name in RUNTIME:
         shutil.copyfile(LIBRARY / "dist" / name, folder / name)
-    predictor = rounded(NoisePredictor.from_pretrained())
-    network = export(predictor, predictor.image_shape)
+    said = [write_network(folder, name, *network) for name, network in NETWORKS.items()]
+    return f"the live figures: {', '.join(said)}"
+
+
+def write_network(folder: Path, name: str, weights: Path, probe: Tensor) -> str:
+    """Write the network as NAME.onnx, and as NAME.json what the scripts must know of it; returns its size in words."""
+    if not weights.is_dir():
+        return f"{name}: no weights yet"
+    predictor, file = rounded(NoisePredictor.from_pretrained(weights)), f"{name}.onnx"
+    network = export(predictor, probe)
     halve(network)
-    (folder / "model.onnx").write_bytes(network.SerializeToString())
+    (folder / file).write_bytes(network.SerializeToString())
     about = {
+        "image_shape": predictor.image_shape,
         "class_names": predictor.class_names,
         "betas": predictor.diffusion.exact_betas.tolist(),
-        "bytes": {name: (folder / name).stat().st_size for name in ("model.onnx", *RUNTIME)},
-        "probe": PROBE | {"noise": known_answer(predictor)},
+        "bytes": {path: (folder / path).stat().st_size for path in (file, *RUNTIME)},
+        "probe": {"t": PROBE_T, "labels": probe.tolist(), "noise": known_answer(predictor, probe)},
     }
-    (folder / "model.json").write_text(json.dumps(about), encoding="utf-8")
-    return f"the live figures: a network of {about['bytes']['model.onnx'] / 1e6:.1f} MB"
+    (folder / f"{name}.json").write_text(json.dumps(about), encoding="utf-8")
+    return f"{file} of {about['bytes'][file] / 1e6:.1f} MB"
 
 
 def setup(app) -> dict[str, bool]:

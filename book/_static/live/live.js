@@ -1,7 +1,7 @@
 /* Puts a live figure in the place of each <div class="live" data-live="NAME">what stands there without scripts</div>, when
    the reader comes near it. NAME.js builds it; the network is loaded when a button asks for it, not before. */
 
-const NAMES = ["draw", "schedule", "score", "ddim", "slerp", "guidance", "edit", "strength"];
+const NAMES = ["draw", "schedule", "score", "ddim", "slerp", "guidance", "edit", "strength", "words"];
 
 const near = new IntersectionObserver(
   (entries) => {

@@ -1,30 +1,32 @@
-/* The shipped network as a noise model of the page. It is loaded once, at the first call of network(). */
+/* The shipped networks as noise models of the page. Each is loaded once, at the first call of network() that asks for it. */
 
 import { Diffusion } from "./samplers.js";
 
 const here = (name) => new URL(name, import.meta.url);
-let loading;
+const loading = {}; // by name
 
-/** { model(x_t, t, labels), diffusion, null_label, processor }; `progress(share)` hears how much of it has come. */
-export function network(progress = () => {}) {
-  loading ??= { listeners: new Set() };
-  loading.listeners.add(progress);
-  loading.result ??= start(loading.listeners).catch((error) => {
-    loading = undefined; // the next press tries again
+/** { model(x_t, t, labels), diffusion, class_names, null_label, processor } of the network "model", for garments, or "emoji",
+    for captions; `progress(share)` hears how much of it has come. */
+export function network(name = "model", progress = () => {}) {
+  const mine = (loading[name] ??= { listeners: new Set() });
+  mine.listeners.add(progress);
+  mine.result ??= start(name, mine.listeners).catch((error) => {
+    delete loading[name]; // the next press tries again
     throw error;
   });
-  return loading.result;
+  return mine.result;
 }
 
-/** What tools/live.py wrote beside the network: names of the classes, β_1 … β_T, sizes of the files, a known answer. */
-async function about() {
-  const response = await fetch(here("built/model.json"));
+/** What tools/live.py wrote beside the network: image shape, names of the classes, β_1 … β_T, sizes of the files, a known
+    answer. */
+async function about(name) {
+  const response = await fetch(here(`built/${name}.json`));
   if (!response.ok) throw new Error("this copy of the book was built without the network");
   return response.json();
 }
 
-async function start(listeners) {
-  const told = await about();
+async function start(name, listeners) {
+  const told = await about(name);
   const worker = new Worker(here("worker.js"), { type: "module" });
   const waiting = new Map();
   const ready = new Promise((resolve, reject) => {
@@ -40,7 +42,7 @@ async function start(listeners) {
       }
     };
   });
-  worker.postMessage({ about: told });
+  worker.postMessage({ about: { ...told, file: `${name}.onnx` } });
   let last = 0;
   const processor = await ready.catch((error) => {
     worker.terminate();
@@ -48,6 +50,7 @@ async function start(listeners) {
   });
   return {
     processor,
+    class_names: told.class_names,
     null_label: told.class_names.length,
     diffusion: new Diffusion(told.betas),
     model: (x_t, t, labels) =>

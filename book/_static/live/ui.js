@@ -1,4 +1,4 @@
-/* The parts of the live figures: elements with labels, pictures of 28 × 28 pixels, and jobs that can be stopped. */
+/* The parts of the live figures: elements with labels, pictures, and jobs that can be stopped. */
 
 import { network } from "./network.js";
 
@@ -68,21 +68,23 @@ export function choice(text, names, { value = 0, change = () => {} } = {}) {
   return { label, get value() { return select.selectedIndex; }, set value(to) { select.selectedIndex = to; } };
 }
 
-/** A picture with its caption, grey at first; `alt` says what it shows. */
-export function picture(caption, alt, big = false) {
-  const canvas = el("canvas", { width: SIDE, height: SIDE, role: "img", "aria-label": alt, class: big ? "live-big" : "" });
+/** A picture with its caption, grey at first; `alt` says what it shows, `channels` is 1 (grey) or 3. */
+export function picture(caption, alt, big = false, { channels = 1, side = SIDE } = {}) {
+  const canvas = el("canvas", { width: side, height: side, role: "img", "aria-label": alt, class: big ? "live-big" : "" });
   const text = el("figcaption", { html: caption });
-  const tile = { figure: el("figure", {}, canvas, text), canvas, caption: text, show: (x, index = 0) => show(canvas, x, index) };
-  tile.show(new Float32Array(SIZE));
+  const see = (x, index = 0) => show(canvas, x, channels, index);
+  const tile = { figure: el("figure", {}, canvas, text), canvas, caption: text, show: see };
+  see(new Float32Array(channels * side * side));
   return tile;
 }
 
-/** Image number `index` of x, [−1, 1] as grey levels. */
-function show(canvas, x, index = 0) {
-  const pixels = new ImageData(SIDE, SIDE);
-  for (let i = 0; i < SIZE; i++) {
-    pixels.data.fill(Math.round((x[index * SIZE + i] + 1) * 127.5), 4 * i, 4 * i + 3); // clamped by its type
-    pixels.data[4 * i + 3] = 255;
+/** Image number `index` of x, [−1, 1] as levels of grey or of red, green and blue. */
+function show(canvas, x, channels, index) {
+  const size = canvas.width * canvas.height;
+  const pixels = new ImageData(canvas.width, canvas.height);
+  for (let i = 0; i < 4 * size; i++) {
+    const channel = index * channels + (channels === 3 ? i % 4 : 0);
+    pixels.data[i] = i % 4 === 3 ? 255 : Math.round((x[channel * size + (i >> 2)] + 1) * 127.5); // clamped by its type
   }
   canvas.getContext("2d").putImageData(pixels, 0, 0);
 }
@@ -125,12 +127,12 @@ export async function follow(steps, signal, see) {
   return last;
 }
 
-let ready = false; // the network is here
+const ready = new Set(); // the networks that are here
 
 /** A button that begins `work(signal, net)` and, while it runs, stops it; beside it a bar for what is loading, and a line
     that screen readers announce. `work` returns what that line says at its end. `again()` begins anew, but only once
-    the reader has pressed the button. */
-export function job(name, work) {
+    the reader has pressed the button. `which` network it is: see network(). */
+export function job(name, work, which = "model") {
   const status = el("p", { class: "live-status", role: "status" });
   const bar = el("progress", { max: 1, value: 0, "aria-label": "The network is loading", hidden: true });
   let current = null;
@@ -142,10 +144,11 @@ export function job(name, work) {
     asked = true;
     press.textContent = "Stop";
     try {
-      if (!ready) status.textContent = "Loading the network, 6 to 7 MB, once …";
-      bar.hidden = ready;
-      const net = await network((share) => (bar.value = share));
-      bar.hidden = ready = true;
+      if (!ready.has(which)) status.textContent = "Loading the network, 6 to 7 MB, once …";
+      bar.hidden = ready.has(which);
+      const net = await network(which, (share) => (bar.value = share));
+      ready.add(which);
+      bar.hidden = true;
       mine.signal.throwIfAborted();
       status.textContent = "Drawing …";
       const count = { calls: 0, images: 0, ms: 0 };

@@ -1,8 +1,8 @@
-/* The network, in a thread of its own: { id, x_t, t, labels } in, { id, noise } or { id, error } out. Before that, one
-   { loaded, total } after another while its files come (bytes), then { ready }: on which processor it runs. */
+/* A network, in a thread of its own: { id, x_t, t, labels } in, { id, noise } or { id, error } out; labels are numbers, or
+   captions, rows of as many numbers each. Before that, one { loaded, total } after another while its files come (bytes), then
+   { ready }: on which processor it runs. */
 
 const built = (name) => new URL(`built/${name}`, import.meta.url).href;
-const SIZE = 28 * 28;
 let total = 0;
 let loaded = 0;
 
@@ -28,15 +28,17 @@ async function has_gpu() {
 
 let ort;
 let session;
+let image_shape; // (C, H, W)
 
 async function start(about) {
   const gpu = await has_gpu();
   const binary = `ort-wasm-simd-threaded${gpu ? ".jspi" : ""}.wasm`;
-  [loaded, total] = [0, about.bytes[binary] + about.bytes["model.onnx"]];
+  image_shape = about.image_shape;
+  [loaded, total] = [0, about.bytes[binary] + about.bytes[about.file]];
   ort = await import(built(`ort.${gpu ? "jspi" : "wasm"}.min.mjs`));
   ort.env.wasm.numThreads = 1; // more would need headers that static hosting does not send
   ort.env.wasm.wasmPaths = built("");
-  const [runtime, model] = await Promise.all([binary, "model.onnx"].map((name) => fetched(name, about.bytes[name])));
+  const [runtime, model] = await Promise.all([binary, about.file].map((name) => fetched(name, about.bytes[name])));
   ort.env.wasm.wasmBinary = runtime;
   const open = (processor) =>
     ort.InferenceSession.create(model, { executionProviders: [processor], logSeverityLevel: 3 });
@@ -57,18 +59,19 @@ async function start(about) {
 }
 
 /** A processor whose answer is not PyTorch's is not used. The probe is a picture of sines and the noise in it. */
-async function check({ t, label, noise }) {
-  const x_t = Float32Array.from({ length: SIZE }, (_, i) => Math.sin(i));
-  const answer = await evaluate(x_t, t, [label]);
+async function check({ t, labels, noise }) {
+  const length = image_shape.reduce((a, b) => a * b);
+  const x_t = Float32Array.from({ length }, (_, i) => Math.sin(i));
+  const answer = await evaluate(x_t, t, labels);
   if (noise.some((value, i) => !(Math.abs(value - answer[i]) < 0.02))) throw new Error("it computes something else");
 }
 
 async function evaluate(x_t, t, labels) {
-  const count = labels.length;
+  const [count, words] = [labels.length, labels[0].length]; // undefined where they are no captions
   const inputs = {
-    x_t: new ort.Tensor("float32", x_t, [count, 1, 28, 28]),
+    x_t: new ort.Tensor("float32", x_t, [count, ...image_shape]),
     t: new ort.Tensor("int32", new Int32Array(count).fill(t), [count]),
-    labels: new ort.Tensor("int32", Int32Array.from(labels), [count]),
+    labels: new ort.Tensor("int32", Int32Array.from(labels.flat()), words ? [count, words] : [count]),
   };
   const { noise } = await session.run(inputs);
   return noise.data;
