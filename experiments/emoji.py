@@ -204,8 +204,10 @@ def together(emoji: Emoji, parts: list[Path], settings: dict, minutes: float | N
     model = NoisePredictor.from_pretrained(out)
     last = max(int(name.split("-")[2]) for name in samples if name.startswith("plain"))
     how_long = f"--num-train-steps {settings['steps']}" if minutes is None else f"--minutes {minutes:g}"
+    compiled = " --compile" if settings["options"]["compile"] and processes().device.type == "cpu" else ""
     info = {
-        "command": f"python -m experiments.emoji {how_long} --batch-size {settings['batch_size']} --out FOLDER",
+        "command": f"python -m experiments.emoji {how_long} --batch-size {settings['batch_size']}{compiled} "
+        "--out FOLDER",
         **settings, "memory_steps": last, "num_images": len(emoji.images), "seconds": seconds,
         "weights": fingerprint(out), "parameters": sum(p.numel() for p in model.unet.parameters()),
         "torch": torch.__version__, "device": processes().device.type,
