@@ -142,6 +142,20 @@ def test_has_exercises_with_solutions_a_quiz_and_further_reading(path, notebook)
         assert all(answer.get("feedback") for answer in answers), question["question"]
 
 
+@of_chapters
+def test_each_figure_has_a_caption_and_a_text_alternative(path, notebook):
+    """Figures and films are numbered in order without a gap. A caption follows its cell, or the live figure after it."""
+    chapter, count = int(path.stem[:2]), 0
+    cells = [cell for cell in notebook.cells if not cell.source.startswith('<div class="live"')]
+    for cell, after in zip(cells, [*cells[1:], None], strict=True):
+        film = re.search(r"^play\(", cell.source, re.M)
+        if film or any("image/png" in output.get("data", {}) for output in cell.get("outputs", [])):
+            count += 1
+            assert after.source.startswith(f"**Figure {chapter}.{count}.** "), f"{cell.id} has no caption"
+            assert film or len(cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "")) > 40, cell.id
+    assert len(re.findall(r"^\*\*Figure [\d.]+\*\*", "\n".join(markdown(notebook)), re.M)) == count
+
+
 def test_links_between_pages_exist(notebook):
     for target in re.findall(r"\]\((?!https?://|#)([^)#]+)[^)]*\)", "\n".join(markdown(notebook))):
         assert (ROOT / "book" / target).exists(), target
