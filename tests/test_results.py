@@ -113,3 +113,14 @@ def test_a_dot_grid_is_seen_in_the_pixel_figures():
     found, same = pixel_figures(dots, real), pixel_figures(real, real)
     assert found["pixel_frequency"] > 10 and same["pixel_frequency"] == 1
     assert same["black"] == same["real_black"] == (real == 0).double().mean() > found["black"]
+
+
+def test_the_front_page_says_what_the_table_says():
+    text = " ".join((Path(__file__).parents[1] / "book" / "index.md").read_text(encoding="utf-8").split())
+    table = load_results("evaluation-10000")
+    ours, real = ({name: figure["mean"] for name, figure in table[of].items()} for of in ("generated", "real"))
+    count, steps = f"{table['num_images']:,} samples", f"in {table['num_inference_steps']} steps"
+    distances = [f"distance of {ours['frechet_distance']:.2f}", f"lie at {real['frechet_distance']:.2f}"]
+    shares = [f"in {ours['label_agreement']:.0%} of them", f"in {real['label_agreement']:.0%} of real ones"]
+    for said in (count, steps, *distances, *shares):
+        assert said in text, said
