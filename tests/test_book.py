@@ -144,7 +144,7 @@ def test_has_exercises_with_solutions_a_quiz_and_further_reading(path, notebook)
 
 @of_chapters
 def test_each_figure_has_a_caption_and_a_text_alternative(path, notebook):
-    """Figures and films are numbered in order without a gap. A caption follows its cell, or the live figure after it."""
+    """Figures and films are numbered in order. A caption follows its cell, or the live figure after it."""
     chapter, count = int(path.stem[:2]), 0
     cells = [cell for cell in notebook.cells if not cell.source.startswith('<div class="live"')]
     for cell, after in zip(cells, [*cells[1:], None], strict=True):
