@@ -36,7 +36,7 @@ from ddpm_tutorial.training import processes, train
 from ddpm_tutorial.unet import UNet
 from ddpm_tutorial.words import Emoji, captions_of, load_emoji
 
-from .common import fingerprint, outcome, parsed_for_device
+from .common import fingerprint, machine, outcome, parsed_for_device
 
 SUBSETS = (100, 1000, 1911)  # how many emoji the three runs without words see
 MEMORY_SHARE = 1 / 3  # their steps over those of the network that ships
@@ -201,19 +201,17 @@ def together(emoji: Emoji, parts: list[Path], settings: dict, minutes: float | N
             seconds[part.stem] = round(float(file["seconds"]), 1)
             samples |= {name: torch.from_numpy(file[name]) for name in file.files if name != "seconds"}
     np.savez_compressed(out / "emoji.npz", **{name: drawn[:8].numpy() for name, drawn in samples.items()})
-    model = NoisePredictor.from_pretrained(out)
-    last = max(int(name.split("-")[2]) for name in samples if name.startswith("plain"))
     how_long = f"--num-train-steps {settings['steps']}" if minutes is None else f"--minutes {minutes:g}"
     compiled = " --compile" if settings["options"]["compile"] and processes().device.type == "cpu" else ""
-    info = {
-        "command": f"python -m experiments.emoji {how_long} --batch-size {settings['batch_size']}{compiled} "
-        "--out FOLDER",
-        **settings, "memory_steps": last, "num_images": len(emoji.images), "seconds": seconds,
-        "weights": fingerprint(out), "parameters": sum(p.numel() for p in model.unet.parameters()),
-        "torch": torch.__version__, "device": processes().device.type,
-    }  # fmt: skip
+    command = f"python -m experiments.emoji {how_long} --batch-size {settings['batch_size']}{compiled} --out FOLDER"
+    device, memory_steps = processes().device, max(int(name.split("-")[2]) for name in samples if "plain" in name)
+    settings |= {"memory_steps": memory_steps, "num_images": len(emoji.images), "seed": 0, "device": device.type}
+    info = {"command": command, **settings, "seconds": seconds, "torch": torch.__version__}
     (out / "training.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
-    table = {"settings": info, "rows": memory_rows(samples, emoji.images, settings["batch_size"])}
+    table = {
+        "rows": memory_rows(samples, emoji.images, settings["batch_size"]),
+        "settings": settings | {"emoji": fingerprint(out)}, "command": command, "machine": machine(device),
+    }  # fmt: skip
     (out / "emoji.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
 
 

@@ -14,11 +14,12 @@ from ddpm_tutorial.flow import SHIPPED_FLOW
 from ddpm_tutorial.guidance import NoisyClassifier
 from ddpm_tutorial.metrics import Classifier
 from ddpm_tutorial.results import RESULTS_FOLDER, load_results
+from ddpm_tutorial.words import EMOJI_WEIGHTS
 from experiments import __main__ as experiments
 from experiments.common import Table, fingerprint, made_with, pixel_figures
 
 NAMES = sorted(path.stem for path in RESULTS_FOLDER.glob("*.json"))
-TRAIN_THEIR_OWN = ("ablation", "choices", "benchmark", "latents")
+TRAIN_THEIR_OWN = ("ablation", "choices", "benchmark", "emoji", "latents")
 BEFORE = ("ablation-cpu", "benchmark-cpu", "benchmark-recipe-cpu")  # from before tables said how they were made
 
 
@@ -33,8 +34,8 @@ def test_a_table_was_made_with_the_weights_that_are_shipped(name):
     settings = load_results(name)["settings"]
     assert ("weights" in settings) != name.startswith(TRAIN_THEIR_OWN)
     shipped_now = made_with(None, Classifier, NoisyClassifier)
-    if "flow" in settings:
-        shipped_now["flow"] = fingerprint(SHIPPED_FLOW)
+    others = (("flow", SHIPPED_FLOW), ("emoji", EMOJI_WEIGHTS))
+    shipped_now |= {network: fingerprint(folder) for network, folder in others if network in settings}
     for network, shipped in shipped_now.items():
         assert settings.get(network, shipped) == shipped, f"{name}.json was made with another {network}: make results"
 
