@@ -131,11 +131,8 @@ def train_steps(
     autocast = _autocast(device, config.precision)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     done = 0 if resume_from is None else load_state(resume_from, model, ema, optimizers, scaler)
-    if config.compile:
-        count = config.batch_size // world
-        network = _compiled(unet, autocast, images[:count], None if labels is None else labels[:count], layout)
-    else:
-        network = unet
+    count = config.batch_size // world
+    network = _compiled(unet, autocast, images[:count], labels, layout) if config.compile else unet
     network = _distributed(network, device) if world > 1 else network
     bad_step = torch.zeros((), dtype=torch.long, device=device)  # the first that was not finite; 0: none
 
@@ -287,10 +284,10 @@ def _compiled(
     unet: UNet, autocast: torch.autocast, images: Tensor, labels: Tensor | None, layout: torch.memory_format
 ) -> nn.Module:
     """``torch.compile(unet)``; the U-Net as it is, with a warning, where this machine cannot compile. It compiles when
-    it is called, so it is tried here, forwards and backwards, on a batch like ``images`` and ``labels``."""
+    it is called, so it is tried here, forwards and backwards, on a batch like ``images`` and as many ``labels``."""
     t = torch.ones(len(images), dtype=torch.long, device=processes().device)
     x_t = torch.zeros(images.shape, device=t.device).contiguous(memory_format=layout)
-    y = None if labels is None else torch.zeros_like(labels, device=t.device)
+    y = None if labels is None else torch.zeros_like(labels[: len(images)], device=t.device)
     try:
         network = torch.compile(unet)
         with autocast:
