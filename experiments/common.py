@@ -61,9 +61,7 @@ def run_command(parser: Parser, argv: list[str] | None, run: Callable[..., None]
         if begun.get("weights") != fingerprint(given.get("checkpoint", NoisePredictor.shipped)):
             begun = {}
         options = defaults | {name: begun[name] for name in defaults if name in begun} | given
-        told = (
-            f"--{name.replace('_', '-')} {options[name]}" for name in defaults if options[name] is not None
-        )
+        told = (f"--{name.replace('_', '-')} {options[name]}" for name in defaults if options[name] is not None)
         run(command=" ".join([parser.prog, *told, "--data SOURCE"]), **options)
 
     status = outcome(parser.prog, begin_or_go_on, given["out"])

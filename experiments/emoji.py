@@ -36,6 +36,7 @@ from ddpm_tutorial.training import processes, train
 from ddpm_tutorial.unet import UNet
 from ddpm_tutorial.words import Emoji, captions_of, load_emoji
 
+from .benchmark.measure import ENDLESS, pace
 from .common import fingerprint, machine, outcome, parsed_for_device
 
 SUBSETS = (100, 1000, 1911)  # how many emoji the three runs without words see
@@ -111,18 +112,6 @@ def memory_rows(samples: dict[str, Tensor], images: Tensor, batch_size: int) -> 
     return rows
 
 
-def pace(model: NoisePredictor, images: Tensor, captions: Tensor, options: dict) -> float:
-    """Seconds a step, once all is compiled and recorded."""
-    states = train(model, images, captions, TrainConfig(10**9, **options))
-    for _ in range(6):
-        next(states).loss.item()
-    began = time.perf_counter()
-    for _ in range(30):
-        state = next(states)
-    state.loss.item()  # waits for the device
-    return (time.perf_counter() - began) / 30
-
-
 def begun(out: Path) -> int | None:
     """The steps of the network that ships, where it is there: the other runs then have theirs of them."""
     if not (out / "words.npz").exists():
@@ -139,7 +128,9 @@ def run(minutes: float | None, num_train_steps: int | None, out: Path, channels:
     fast, num_train_steps = cuda or compile, num_train_steps or begun(out)
     options = {"batch_size": batch_size, "precision": "bf16" if fast else "no", "compile": fast}
     if num_train_steps is None:
-        each = pace(network(emoji.vocabulary, channels), emoji.images, emoji.captions, options)
+        probe, config = network(emoji.vocabulary, channels), TrainConfig(ENDLESS, **options)
+        states = train(probe, emoji.images, emoji.captions, config)
+        each = pace(states, 60 * minutes / 20, processes().device)[1]
         left = RESERVE * (60 * minutes - (time.perf_counter() - began))
         num_train_steps = max(1, int(left / each / (1 + MEMORY_SHARE * len(SUBSETS))))
         print(f"{each * 1000:.1f} ms a step, {num_train_steps} steps", flush=True)
@@ -159,7 +150,6 @@ def run(minutes: float | None, num_train_steps: int | None, out: Path, channels:
 
 def kept(path: Path, samples: dict[str, Tensor], began: float) -> None:
     """Samples by kind-count-step, and the seconds since ``began`` that they took."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     seconds = time.perf_counter() - began
     with open(path, "wb") as file:
         np.savez_compressed(file, seconds=seconds, **{name: images.numpy() for name, images in samples.items()})

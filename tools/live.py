@@ -139,8 +139,6 @@ def build(folder: Path) -> str:
 
 def write_network(folder: Path, name: str, weights: Path, probe: Tensor) -> str:
     """Write the network as NAME.onnx, and as NAME.json what the scripts must know of it; returns its size in words."""
-    if not weights.is_dir():
-        return f"{name}: no weights yet"
     predictor, file = rounded(NoisePredictor.from_pretrained(weights)), f"{name}.onnx"
     network = export(predictor, probe)
     halve(network)
