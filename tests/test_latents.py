@@ -187,6 +187,18 @@ def test_a_folder_of_weights_and_results(tiny, tmp_path, monkeypatch):
     assert again["frechet_distance"] == pytest.approx(latent["frechet_distance"], rel=1e-4)
 
 
+def test_the_best_width_of_the_decoder():
+    """Of two kinds of pixels, black and well known, and grey with errors of 0.2: that of the grey ones."""
+    found = torch.full((2, 1, 40, 40), -1.0)
+    found[1] = 0
+    x = found + torch.randn(found.shape, generator=torch.Generator().manual_seed(0)) * 0.2
+    x[0] = -1
+    width, bits = experiment.best_width([(x[:1], found[:1]), (x[1:], found[1:])])
+    assert width == pytest.approx(0.2, rel=0.1)
+    grey = math.log2(0.2 * 127.5) + 0.5 * math.log2(2 * math.pi * math.e)  # the entropy of a normal law
+    assert bits == pytest.approx((1 + grey) / 2, abs=0.05)  # of a black pixel, half of the law lies below it
+
+
 def test_each_model_gets_the_seconds(tiny, tmp_path):
     """One row at a time: the same command goes on."""
     assert tiny(tmp_path / "a", "--seconds", "0.6", "--models", "latent") == 0

@@ -18,7 +18,7 @@ CELL = EMOJI_SIZE + 2  # of the source, which has a frame of one pixel around ea
 
 source, named = Path(sys.argv[1]), Path(sys.argv[2])
 emoji = json.loads((source / "emoji.json").read_text(encoding="utf-8"))
-sheet = Image.open(source / "img/google/sheets/32.png").convert("RGBA")
+sheet = Image.open(source / "img/google/sheets-clean/32.png").convert("RGBA")
 
 
 def code(text: str) -> str:
