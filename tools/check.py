@@ -13,6 +13,9 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -93,7 +96,7 @@ def commands(stage: str) -> list[tuple[str, dict[str, str], list[str]]]:
             return [("", {}, run), ("", {}, jupyter_book("cache"))]
 
 
-def run(command: list[str], variables: dict[str, str]) -> tuple[bool, str]:
+def run(command: list[str], variables: dict[str, str], say: Callable[[str], None]) -> tuple[bool, str]:
     """Run one command; returns whether it passed, and the runner's own closing line, if it has one."""
     process = subprocess.Popen(
         command, cwd=ROOT, env=ENVIRONMENT | variables, text=True, encoding="utf-8", errors="replace",
@@ -101,10 +104,28 @@ def run(command: list[str], variables: dict[str, str]) -> tuple[bool, str]:
     )  # fmt: skip
     closing = ""
     for line in process.stdout:
-        print(line, end="", flush=True)
+        say(line)
         if re.search(r"\d+ (passed|failed|error)", line):
             closing = line.strip(" =\n")
     return process.wait() == 0, closing
+
+
+def run_stages(stages: list[str], say: Callable[[str], None]) -> dict[str, tuple[bool, float, str]]:
+    """Run stages one after the other; returns, for each, whether it passed, its seconds, and its closing line."""
+    results: dict[str, tuple[bool, float, str]] = {}
+    for stage in stages:
+        say(f"\n=== {stage}: {STAGES[stage]}\n")
+        for name, variables, command in commands(stage):
+            if name:
+                say(f"--- {name}\n")
+            began = time.perf_counter()
+            passed, closing = run(command, variables, say)
+            title = f"{stage}: {name}" if name else stage
+            before, seconds, _ = results.get(title, (True, 0.0, ""))
+            results[title] = before and passed, seconds + time.perf_counter() - began, closing
+            if not passed and stage == "book":
+                break  # without all outputs there is nothing to build
+    return results
 
 
 def main() -> int:
@@ -112,19 +133,13 @@ def main() -> int:
     if not stages or any(stage not in STAGES for stage in stages):
         print(f"usage: check.py STAGE..., of {', '.join(STAGES)}; got {stages}", file=sys.stderr)
         return 2
-    results: dict[str, tuple[bool, float, str]] = {}
-    for stage in stages:
-        print(f"\n=== {stage}: {STAGES[stage]}", flush=True)
-        for name, variables, command in commands(stage):
-            if name:
-                print(f"--- {name}", flush=True)
-            began = time.perf_counter()
-            passed, closing = run(command, variables)
-            title = f"{stage}: {name}" if name else stage
-            before, seconds, _ = results.get(title, (True, 0.0, ""))
-            results[title] = before and passed, seconds + time.perf_counter() - began, closing
-            if not passed and stage == "book":
-                break  # without all outputs there is nothing to build
+    # The site is built and looked at beside the rest, which it does not touch; what it says is shown in the end.
+    beside, said = [stage for stage in stages if stage in ("pages", "site")], []
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(run_stages, beside, said.append)
+        results = run_stages([stage for stage in stages if stage not in beside], partial(print, end="", flush=True))
+        results |= running.result()
+    print("".join(said), end="")
     print("\nsummary")
     for title, (passed, seconds, closing) in results.items():
         print(f"  {'ok    ' if passed else 'FAILED'}  {title:36s} {seconds:5.0f} s  {closing}")
