@@ -11,7 +11,7 @@ import time
 from ddpm_tutorial.command.arguments import Parser
 from ddpm_tutorial.settings import TEXT, one_of
 
-from . import ablation, choices, editing, evaluation, guidance_sweep, ladder, samples
+from . import ablation, choices, editing, evaluation, guidance_sweep, ladder, ladder_flow, samples
 from .benchmark import __main__ as benchmark
 from .common import duration
 
@@ -22,6 +22,7 @@ EXPERIMENTS = {
     "editing": (editing.main, 5),
     "guidance_sweep": (guidance_sweep.main, 15),
     "ladder": (lambda argv: ladder.main(argv) or ladder.main([*ladder.CHEAP, *argv]), 190),
+    "ladder_flow": (ladder_flow.main, 15),
     "ablation": (ablation.main, 90),
     "choices": (choices.main, 130),
     "benchmark": (benchmark.main, 20),

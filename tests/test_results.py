@@ -78,7 +78,7 @@ def test_all_experiments_run_one_after_the_other_with_the_data(asked, capsys):
     assert [call[0] for call in asked] == list(experiments.EXPERIMENTS)
     assert all(call[1:] == (("--data", "sample") if call[0] != "benchmark" else ()) for call in asked)
     out, error = capsys.readouterr()
-    assert "[1/9] evaluation" in out and error == "failed: samples\n"
+    assert "[1/10] evaluation" in out and error == "failed: samples\n"
 
 
 def test_only_some_experiments_and_bad_names(asked, capsys):
