@@ -82,6 +82,7 @@ def sampler_of_images(
     guidance_scale: float = 1.0,
     seed: int = 0,
     eta: float | None = None,
+    spacing: str | None = None,
 ) -> Callable[[Tensor, int], tuple[Tensor, Iterator[SampleStep]]]:
     """A function of (labels (B,), first) that gives x_T and the chain of the images number first … first + B − 1.
 
@@ -105,6 +106,11 @@ def sampler_of_images(
         if sampler != "ddim":
             raise ValueError(f"--eta belongs to the sampler ddim, got {eta} with {sampler}")
         options["eta"] = eta
+
+    if spacing is not None:
+        if sampler == "ddpm":
+            raise ValueError(f"--spacing belongs to the other samplers, ddpm always takes all T steps, got {spacing}")
+        options["spacing"] = spacing
 
     def begin(labels: Tensor, first: int) -> tuple[Tensor, Iterator[SampleStep]]:
         noise_model = model

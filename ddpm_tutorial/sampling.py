@@ -1,7 +1,8 @@
 """Samplers: from noise to images with any noise model ``model(x_t, t)`` (chapters 5 and 6).
 
 Each sampler is a generator: it yields every step, and the caller plots, stops, or keeps the last. ``start`` begins it
-part-way: at that timestep, with ``x_T`` as x_start (chapter 9). ``generator`` may be a list, one for each image.
+part-way: at that timestep, with ``x_T`` as x_start (chapter 9). ``spacing`` says in what the timesteps are even: "t", or
+"u", the share of noise (``path_timesteps``). ``generator`` may be a list, one for each image.
 Arguments that do not fit are a ValueError at the call.
 """
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from .data import to_uint8
 from .diffusion import GaussianDiffusion, check_diffusion, check_floats, randn_like
+from .settings import SPACINGS
 
 
 class SampleStep(NamedTuple):
@@ -47,8 +49,9 @@ def checked_at_the_call(check: Callable[..., None]) -> Callable[[Callable], Call
 
 
 def _check_arguments(
-    model, diffusion: GaussianDiffusion, shape, x_T, start, num_inference_steps=1, variance="beta", eta=0, **_others
-) -> None:
+    model, diffusion: GaussianDiffusion, shape, x_T, start, num_inference_steps=1, variance="beta", eta=0, spacing="t",
+    **_others,
+) -> None:  # fmt: skip
     T = diffusion.num_timesteps
     check_diffusion(model, diffusion)
     if not isinstance(shape, Sequence) or not all(isinstance(size, int) and size >= 0 for size in shape):
@@ -58,6 +61,8 @@ def _check_arguments(
         raise ValueError(f"variance must be 'posterior' or 'beta', got {variance!r}")
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must lie in [0, 1], got {eta}")
+    if spacing not in SPACINGS:
+        raise ValueError(f"spacing must be {' or '.join(map(repr, SPACINGS))}, got {spacing!r}")
     if start is not None and (isinstance(start, bool) or not isinstance(start, int) or not 1 <= start <= T):
         raise ValueError(f"start must lie in 1 … {T} (T), got {start!r}")
     if start is not None and x_T is None:
@@ -111,6 +116,7 @@ def sample_ddim(
     clip_denoised: bool = True,
     x_T: Tensor | None = None,
     start: int | None = None,
+    spacing: str = "t",
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> Iterator[SampleStep]:
     """DDIM (Song et al., arXiv:2010.02502, eq. 12) on ``num_inference_steps`` of the T timesteps.
@@ -119,7 +125,7 @@ def sample_ddim(
     Where ``clip_denoised`` changes x_0, the noise is computed again from it, so that both still explain x_t.
     """
     x_t = _start(diffusion, shape, x_T, generator)
-    for t, t_next in _steps_down(diffusion, num_inference_steps, start):
+    for t, t_next in _steps_down(diffusion, num_inference_steps, start, spacing):
         pred_x0 = _predict_x0(model, diffusion, x_t, t, clip_denoised)
         noise = diffusion.predict_noise(x_t, t, pred_x0)
         alpha_bar_t, alpha_bar_next = diffusion.alphas_cumprod[t], diffusion.alphas_cumprod[t_next]
@@ -142,6 +148,7 @@ def sample_heun(
     clip_denoised: bool = True,
     x_T: Tensor | None = None,
     start: int | None = None,
+    spacing: str = "t",
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> Iterator[SampleStep]:
     """Heun's method, second order (Karras et al., 2022, arXiv:2206.00364, algorithm 1), on the ODE that DDIM walks:
@@ -149,7 +156,7 @@ def sample_heun(
     with the mean of both. Two evaluations per step, one in the last: 2 · num_inference_steps − 1.
     """
     x_t = _start(diffusion, shape, x_T, generator)
-    for t, t_next in _steps_down(diffusion, num_inference_steps, start):
+    for t, t_next in _steps_down(diffusion, num_inference_steps, start, spacing):
         pred_x0 = _predict_x0(model, diffusion, x_t, t, clip_denoised)
         noise = diffusion.predict_noise(x_t, t, pred_x0)
         arrived = diffusion.q_sample(pred_x0, t_next, noise)  # the DDIM step
@@ -172,6 +179,7 @@ def sample_dpmpp_2m(
     clip_denoised: bool = True,
     x_T: Tensor | None = None,
     start: int | None = None,
+    spacing: str = "t",
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> Iterator[SampleStep]:
     """DPM-Solver++(2M) (Lu et al., 2022, arXiv:2211.01095, algorithm 2): second order with one evaluation per step.
@@ -184,7 +192,7 @@ def sample_dpmpp_2m(
     log_snr = diffusion.snr().cpu().double().log() / 2  # λ_t; infinite at t = 0
     x_t = _start(diffusion, shape, x_T, generator)
     last_x0, last_h = None, None
-    for t, t_next in _steps_down(diffusion, num_inference_steps, start):
+    for t, t_next in _steps_down(diffusion, num_inference_steps, start, spacing):
         pred_x0 = _predict_x0(model, diffusion, x_t, t, clip_denoised)
         h, aim = (log_snr[t_next] - log_snr[t]).item(), pred_x0
         if last_x0 is not None and t_next > 0:
@@ -208,6 +216,17 @@ def ddim_timesteps(num_timesteps: int, num_inference_steps: int) -> list[int]:
     return [round(num_timesteps * (1 - i / num_inference_steps)) for i in range(num_inference_steps)]
 
 
+def path_timesteps(diffusion: GaussianDiffusion, num_inference_steps: int) -> list[int]:
+    """The timesteps, from T down, that lie nearest to an even walk in u = √(1 − ᾱ) / (√ᾱ + √(1 − ᾱ)), the time of the
+    straight path (chapter 10): each once, so many steps may be fewer. A linear schedule then spends its evaluations
+    where images take shape, and not on what is nearly pure noise."""
+    even = 1 - torch.arange(num_inference_steps, device=diffusion.betas.device) / num_inference_steps
+    noise = diffusion.sqrt_one_minus_alphas_cumprod[1:]
+    u = noise / (noise + diffusion.sqrt_alphas_cumprod[1:])
+    nearest = 1 + (u[:, None] - even).abs().argmin(0)
+    return sorted(set(nearest.tolist()), reverse=True)
+
+
 SAMPLERS = {"ddpm": sample_ddpm, "ddim": sample_ddim, "heun": sample_heun, "dpmpp-2m": sample_dpmpp_2m}
 
 
@@ -222,8 +241,13 @@ def _start(diffusion: GaussianDiffusion, shape: Sequence[int], x_T: Tensor | Non
     return randn_like(torch.empty(tuple(shape), device=device), generator) if x_T is None else x_T.to(device)
 
 
-def _steps_down(diffusion: GaussianDiffusion, num_inference_steps: int, start: int | None) -> Iterator[tuple[int, int]]:
-    timesteps = ddim_timesteps(diffusion.num_timesteps, num_inference_steps)
+def _steps_down(
+    diffusion: GaussianDiffusion, num_inference_steps: int, start: int | None, spacing: str
+) -> Iterator[tuple[int, int]]:
+    if spacing == "t":
+        timesteps = ddim_timesteps(diffusion.num_timesteps, num_inference_steps)
+    else:
+        timesteps = path_timesteps(diffusion, num_inference_steps)
     if start is not None:  # the same steps, from there on
         timesteps = [start, *(t for t in timesteps if t < start)]
     return zip(timesteps, [*timesteps[1:], 0], strict=True)

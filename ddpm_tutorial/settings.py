@@ -14,6 +14,7 @@ OPTIMIZERS = ("muon", "adam")
 PRECISIONS = ("no", "bf16", "fp16")
 SCHEDULES = ("linear", "cosine", "quadratic", "sigmoid")
 SAMPLERS = ("ddim", "ddpm", "heun", "dpmpp-2m")
+SPACINGS = ("t", "u")  # of a sampler's timesteps: even in t, or on the straight path
 
 
 # ------------------------------------------------------------------------------------------ what values may be

@@ -14,6 +14,7 @@ from ddpm_tutorial.sampling import (
     SAMPLERS,
     SampleStep,
     ddim_timesteps,
+    path_timesteps,
     sample_ddim,
     sample_ddpm,
     sample_dpmpp_2m,
@@ -312,6 +313,25 @@ def test_ddim_timesteps_start_at_T_and_strictly_fall(num_timesteps):
 def test_ddim_timesteps_refuse_a_bad_count(count):
     with pytest.raises(ValueError, match="num_inference_steps"):
         ddim_timesteps(1000, count)
+
+
+def test_steps_even_in_u_visit_the_timesteps_that_lie_nearest():
+    diffusion = GaussianDiffusion.from_schedule("linear", 1000)
+    alpha_bar = diffusion.alphas_cumprod.double()
+    u = (1 - alpha_bar).sqrt() / (alpha_bar.sqrt() + (1 - alpha_bar).sqrt())
+    visited = path_timesteps(diffusion, 8)
+    assert visited[0] == 1000 and (u[visited] - torch.arange(8, 0, -1) / 8).abs().max() < 0.01
+    many = path_timesteps(diffusion, 1000)  # the first steps in u are longer than a thousandth
+    assert many[0] == 1000 and many[-1] == 1 and all(a > b for a, b in itertools.pairwise(many)) and len(many) < 1000
+    mixture, x_T = GaussianMixture(torch.tensor([[-1.0], [1.0]]), torch.tensor([0.1, 0.1])), torch.randn(4, 1)
+    for sampler in (sample_ddim, sample_heun, sample_dpmpp_2m):
+        options = {"num_inference_steps": 8, "spacing": "u", "x_T": x_T}
+        steps = sampler(mixture.noise_model(diffusion), diffusion, x_T.shape, **options)
+        assert [step.t for step in steps] == [*visited[1:], 0]
+        steps = sampler(mixture.noise_model(diffusion), diffusion, x_T.shape, start=300, **options)
+        assert [step.t for step in steps] == [*(t for t in visited if t < 300), 0]
+    with pytest.raises(ValueError, match="spacing must be 't' or 'u', got 'log'"):
+        sample_ddim(mixture.noise_model(diffusion), diffusion, x_T.shape, spacing="log")
 
 
 # --------------------------------------------------------------------------------- contract of samplers

@@ -5,7 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from .. import __version__
-from ..settings import SAMPLERS, SEED, TEXT, RunSettings, TrainConfig, number, one_of, whole
+from ..settings import SAMPLERS, SEED, SPACINGS, TEXT, RunSettings, TrainConfig, number, one_of, whole
 
 SHIPPED = "the weights shipped with the package"
 MAX_IMAGES = 1_000_000  # of one command: a grid and a FILE.npz are made in memory
@@ -47,6 +47,10 @@ def add_sampling_options(parser) -> None:
     parser.add_argument(
         "--num-inference-steps", type=whole(), metavar="N",
         help="steps (default: ddim 50, heun 25, dpmpp-2m 20); ddpm always takes all T",
+    )  # fmt: skip
+    parser.add_argument(
+        "--spacing", type=one_of(*SPACINGS), metavar="X",
+        help="steps even in t, or in u, the share of noise (default: t)",
     )  # fmt: skip
     parser.add_argument("--eta", type=ETA, metavar="E", help="ddim's share of fresh noise, 0 … 1 (default: 0)")
     parser.add_argument(

@@ -102,7 +102,8 @@ def measure_samples(
     train, test = load_fashion_mnist("train", data), load_fashion_mnist("test", data)
     judge = _judge(features, model.device)
     if samples is None:
-        made = {"sampler": "ddim", "num_inference_steps": None, "guidance_scale": 1.0, "eta": None} | sampling
+        made = {"sampler": "ddim", "num_inference_steps": None, "guidance_scale": 1.0, "eta": None, "spacing": None}
+        made |= sampling
         count = num_images or len(test.images)
     else:
         made, (images, labels) = {"samples": samples.name}, read_samples(samples)
