@@ -456,7 +456,10 @@ def test_labels_scale_eta_and_seed_reach_the_images(tmp_path):
     images, labels = drawn("plain")
     assert labels.tolist() == [7, 8, 1] * 4
     assert label_agreement(look(images).logits, labels) > 0.7
-    for options in (["--seed", 1], ["--eta", 1], ["--guidance-scale", 3], ["--sampler", "heun"], ["--spacing", "u"], ["--labels", "coat"]):
+    for options in (
+        ["--seed", 1], ["--eta", 1], ["--guidance-scale", 3], ["--sampler", "heun"], ["--spacing", "u"],
+        ["--labels", "coat"],
+    ):  # fmt: skip
         others, _ = drawn("other", *options)
         assert (others.int() - images.int()).abs().float().mean() > 1, options
 
