@@ -20,7 +20,7 @@ from experiments.common import Table, fingerprint, made_with, pixel_figures
 
 NAMES = sorted(path.stem for path in RESULTS_FOLDER.glob("*.json"))
 TRAIN_THEIR_OWN = ("ablation", "choices", "benchmark", "emoji", "latents")
-BEFORE = ("ablation-cpu", "benchmark-cpu", "benchmark-recipe-cpu")  # from before tables said how they were made
+BEFORE = ("benchmark-cpu", "benchmark-recipe-cpu")  # from before tables said how they were made
 
 
 def test_every_table_loads():
