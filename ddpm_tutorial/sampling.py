@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .data import to_uint8
 from .diffusion import GaussianDiffusion, check_diffusion, check_floats, randn_like
+from .flow import path_times
 from .settings import SPACINGS
 
 
@@ -220,9 +221,8 @@ def path_timesteps(diffusion: GaussianDiffusion, num_inference_steps: int) -> li
     """The timesteps, from T down, that lie nearest to an even walk in u = √(1 − ᾱ) / (√ᾱ + √(1 − ᾱ)), the time of the
     straight path (chapter 10): each once, so many steps may be fewer. A linear schedule then spends its evaluations
     where images take shape, and not on what is nearly pure noise."""
-    even = 1 - torch.arange(num_inference_steps, device=diffusion.betas.device) / num_inference_steps
-    noise = diffusion.sqrt_one_minus_alphas_cumprod[1:]
-    u = noise / (noise + diffusion.sqrt_alphas_cumprod[1:])
+    u = path_times(diffusion)[0][1:]
+    even = 1 - torch.arange(num_inference_steps, device=u.device) / num_inference_steps
     nearest = 1 + (u[:, None] - even).abs().argmin(0)
     return sorted(set(nearest.tolist()), reverse=True)
 

@@ -206,8 +206,8 @@ def best_width(pairs: list[tuple[Tensor, Tensor]]) -> tuple[float, float]:
         total = sum(discretized_gaussian_log_likelihood(*pair, log_scale).sum().item() for pair in pairs)
         return -total / count / math.log(2)
 
-    width = min((error * 1.1**k for k in range(-2, 9)), key=bits)
-    return width, bits(width)
+    fewest, width = min((bits(width), width) for width in (error * 1.1**k for k in range(-2, 9)))
+    return width, fewest
 
 
 def costs(out: Path, model: NoisePredictor, autoencoder: Autoencoder | None) -> dict:

@@ -133,12 +133,13 @@ def main() -> int:
     if not stages or any(stage not in STAGES for stage in stages):
         print(f"usage: check.py STAGE..., of {', '.join(STAGES)}; got {stages}", file=sys.stderr)
         return 2
-    # The site is built and looked at beside the rest, which it does not touch; what it says is shown in the end.
-    beside, said = [stage for stage in stages if stage in ("pages", "site")], []
+    # The site is built and looked at beside the rest, which it does not touch; then what it says is shown in the end.
+    beside = [stage for stage in stages if stage in ("pages", "site")]
+    rest = [stage for stage in stages if stage not in beside]
+    show, said = partial(print, end="", flush=True), []
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(run_stages, beside, said.append)
-        results = run_stages([stage for stage in stages if stage not in beside], partial(print, end="", flush=True))
-        results |= running.result()
+        running = pool.submit(run_stages, beside, said.append if rest else show)
+        results = run_stages(rest, show) | running.result()
     print("".join(said), end="")
     print("\nsummary")
     for title, (passed, seconds, closing) in results.items():
