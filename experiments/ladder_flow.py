@@ -6,14 +6,13 @@ in the other ladder, where a step even on the path would begin with nearly all o
 """
 
 import sys
-from collections.abc import Callable
+from functools import partial
 from itertools import product
 from pathlib import Path
 
 from torch import Tensor
 
-from ddpm_tutorial.diffusion import GaussianDiffusion
-from ddpm_tutorial.flow import SHIPPED_FLOW, noise_model_of, path_times, straight_beta_schedule, velocity_of
+from ddpm_tutorial.flow import SHIPPED_FLOW
 from ddpm_tutorial.metrics import Classifier
 from ddpm_tutorial.settings import TEXT, whole
 
@@ -33,21 +32,6 @@ def ladder() -> list[dict]:
             if how != ("t", "Heun") or allowed > 2]  # fmt: skip
 
 
-def even_in_u(sampler: Callable) -> Callable:
-    """The sampler, its timesteps even on the straight path; of the model's own, each is the one that lies nearest."""
-
-    def sample(model: Callable, diffusion: GaussianDiffusion, shape: tuple[int, ...], **options):
-        times, velocity = path_times(diffusion)[0], velocity_of(model, diffusion)
-        even = GaussianDiffusion(straight_beta_schedule(diffusion.num_timesteps)).to(times.device)
-
-        def nearest(x_u: Tensor, u: Tensor) -> Tensor:
-            return velocity(x_u, 1 + (times[1:] - u[0]).abs().argmin().item())
-
-        return sampler(noise_model_of(nearest, even), even, shape, **options)
-
-    return sample
-
-
 def run(
     command: str, out: Path, num_images: int, seed: int, data: str | None = None, checkpoint: str | None = None,
     flow: str | None = None, until: float = float("inf"),
@@ -56,8 +40,7 @@ def run(
     networks = {"shipped": ready(checkpoint), "flow": ready(flow)}
 
     def drawn(job: dict, labels: Tensor, seed: int) -> tuple[Tensor, int, float, float]:
-        sampler = solver(SAMPLERS[job["sampler"]], job["allowed"])
-        sampler = even_in_u(sampler) if job["even_in"] == "u" else sampler
+        sampler = partial(solver(SAMPLERS[job["sampler"]], job["allowed"]), spacing=job["even_in"])
         return draw(sampler, networks[job["network"]], labels, seed)
 
     fill(ladder(), drawn, made_with(checkpoint, Classifier) | {"flow": fingerprint(flow)}, command=command, out=out,

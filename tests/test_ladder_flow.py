@@ -30,7 +30,7 @@ def test_steps_even_on_the_path_are_those_of_the_straight_schedule():
 
     wanted = end(sampler, straight)
     near, far = ((found - wanted).abs().mean() for found in
-                 (end(ladder_flow.even_in_u(sampler), linear), end(sampler, linear)))  # fmt: skip
+                 (end(partial(sampler, spacing="u"), linear), end(sampler, linear)))  # fmt: skip
     assert near < 0.01 and far > 5 * near
 
 
