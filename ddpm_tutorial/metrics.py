@@ -14,9 +14,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.image.inception import InceptionScore
-from torchmetrics.image.kid import KernelInceptionDistance
 
 from .data import ImageData, batch_indices, seeded_generator, to_model_range
 from .diffusion import GaussianDiffusion, check_counts
@@ -161,6 +158,8 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
     ‖μ − m‖² + tr(C + S − 2 (CS)^½) (Heusel et al., 2017, arXiv:1706.08500, eq. 6). Biased upwards by about 1/N.
     """
     _check_features(real, generated, least=real.shape[1] + 1)
+    from torchmetrics.image.fid import FrechetInceptionDistance  # slow to import, so only where it is used
+
     metric = FrechetInceptionDistance(feature=_Given(real.shape[1]))
     metric.update(real.cpu().double(), real=True)  # Apple's GPUs have no float64
     metric.update(generated.cpu().double(), real=False)
@@ -173,6 +172,8 @@ def kernel_distance(real: Tensor, generated: Tensor, num_subsets: int = 20, seed
     their number; sets with as many of each class are not independent, and come out a little too small.
     """
     _check_features(real, generated, least=2)
+    from torchmetrics.image.kid import KernelInceptionDistance
+
     size = min(1000, len(real), len(generated))
     with _seeded_and_quiet(seed):
         metric = KernelInceptionDistance(feature=_Given(real.shape[1]), subsets=num_subsets, subset_size=size)
@@ -185,6 +186,8 @@ def kernel_distance(real: Tensor, generated: Tensor, num_subsets: int = 20, seed
 def inception_score(logits: Tensor) -> float:
     """exp E KL(p(y | x) ‖ p(y)) of logits (N, K) (Salimans et al., 2016, arXiv:1606.03498): from 1 (every image says
     the same) to K (each image certain, the classes equally frequent). One split: all images together."""
+    from torchmetrics.image.inception import InceptionScore
+
     with _seeded_and_quiet(0):  # it shuffles, which matters for several splits only
         metric = InceptionScore(feature=_Given(logits.shape[1]), splits=1)
         metric.update(logits.cpu().double())

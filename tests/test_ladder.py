@@ -26,14 +26,14 @@ def first(data, count=1000):
 
 @pytest.fixture
 def small(monkeypatch):
-    """A small untrained network with T = 24 and 1,000 training images; returns how to run the command on them."""
+    """A small untrained network with T = 12 and 1,000 training images; returns how to run the command on them."""
     torch.manual_seed(0)
     unet = UNet(channels=8, num_heads=1, patch_size=2, num_classes=10)
-    model = NoisePredictor(unet, GaussianDiffusion.from_schedule("linear", 24)).eval()
+    model = NoisePredictor(unet, GaussianDiffusion.from_schedule("cosine", 12)).eval()
     monkeypatch.setattr(ladder.NoisePredictor, "from_pretrained", lambda folder: model)
     monkeypatch.setattr(ladder, "load_fashion_mnist", lambda split, source: first(load_fashion_mnist(split, source)))
-    monkeypatch.setattr(ladder, "EVALUATIONS", (3, 4, 24))
-    monkeypatch.setattr(ladder, "AGAIN", ("Heun", 24))
+    monkeypatch.setattr(ladder, "EVALUATIONS", (3, 4, 12))
+    monkeypatch.setattr(ladder, "AGAIN", ("Heun", 4))
     monkeypatch.setattr(ladder, "BATCH_SIZE", N)
     monkeypatch.setattr(metrics, "REAL_SUBSETS", 3)
 
@@ -63,7 +63,7 @@ def test_rows_cost_what_they_say_and_come_in_order_of_cost(small, tmp_path):
 def test_strided_ddpm_over_all_timesteps_is_ddpm(small, tmp_path):
     """With T evaluations it draws the same noise: the same images but for rounding."""
     model, labels = ladder.NoisePredictor.from_pretrained(None), torch.arange(20) % 10
-    strided = ladder.solver("DDPM (DDIM, η = 1)", 24)
+    strided = ladder.solver("DDPM (DDIM, η = 1)", 12)
     one, two, other = (
         ladder.draw(sampler, model, labels, 0)[0].int()
         for sampler in (strided, sample_ddpm, partial(sample_ddpm, variance="beta"))
@@ -102,7 +102,7 @@ def test_every_row_starts_from_the_same_noise(small, monkeypatch, tmp_path):
         noise_model = free(model, labels, *rest)
 
         def call(x_t, t):
-            if t[0] == 24:
+            if t[0] == 12:
                 seen.append(x_t.clone())
             return noise_model(x_t, t)
 

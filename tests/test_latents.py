@@ -152,6 +152,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(experiment, "Autoencoder", Small)
     monkeypatch.setattr(experiment, "shipped_config", lambda: {"channels": 8, "patch_size": 2, "num_classes": 10})
     monkeypatch.setattr(metrics, "REAL_SUBSETS", 2)
+    monkeypatch.setattr(experiment, "NUM_STEPS", 3)
 
     def run(out, *options):
         size = ["--batch-size", "16", "--channels", "8", "--num-images", "100"]

@@ -1,7 +1,7 @@
 """The live figures in a real browser: the samplers against PyTorch, step by step, and each figure used once.
 
-Needs Chromium (as tests/test_site.py), and what ``make test`` installs: onnx, and npm for onnxruntime-web. The figures
-stand on a page of this test's own; tests/test_site.py looks at the pages of the book.
+Needs ``make book`` and Chromium, as tests/test_site.py, which looks at the pages of the book. Here the figures stand on
+a page of this test's own: the scripts as they are now, the networks that the book was built with.
 """
 
 import importlib
@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 from browser import CHROMIUM, CI, launched, served
-from filelock import FileLock
 
 from ddpm_tutorial.data import CLASS_NAMES
 from ddpm_tutorial.diffusion import SCHEDULES, GaussianDiffusion
@@ -27,6 +26,7 @@ from ddpm_tutorial.words import EMOJI_WEIGHTS, captions_of, load_emoji
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "book" / "_static" / "live"
+BUILT = ROOT / "_build" / "html" / "_static" / "live" / "built"
 NAMES = re.findall(r'"(\w+)"', re.search(r"NAMES = \[(.*?)\]", (SCRIPTS / "live.js").read_text(encoding="utf-8"))[1])
 PAGE = """<!doctype html><html lang="en" data-theme="light"><title>live</title><meta name="viewport"
 content="width=device-width"><link rel="icon" href="data:,"><link rel="stylesheet" href="/live/live.css">
@@ -35,7 +35,10 @@ ROUNDING = 5e-4  # of one evaluation between two processors, and of the steps th
 GREY_LEVEL = 2 / 255
 WISH = "Blue cat, blue face"
 
-pytestmark = pytest.mark.skipif(not CHROMIUM and not CI, reason="Chromium is not installed")
+pytestmark = [
+    pytest.mark.skipif(not CHROMIUM and not CI, reason="Chromium is not installed"),
+    pytest.mark.skipif(not (BUILT / "emoji.onnx").is_file() and not CI, reason="not built (make book)"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -51,19 +54,13 @@ def predictor(live):
 
 
 @pytest.fixture(scope="module")
-def address(live, tmp_path_factory, worker_id):
+def address(tmp_path_factory):
     """A server of the scripts, of what ``make book`` adds to them, and of one page with every figure."""
-    own = tmp_path_factory.getbasetemp()
-    folder = (own if worker_id == "master" else own.parent) / "live-site"  # the processes of one run share it
-    with FileLock(f"{folder}.lock"):
-        if not (said := folder / "said").is_file():
-            shutil.copytree(SCRIPTS, folder / "live")
-            boxes = "".join(f'<div class="live" data-live="{name}">without scripts: {name}</div>' for name in NAMES)
-            (folder / "index.html").write_text(PAGE.format(boxes), encoding="utf-8")
-            said.write_text(live.build(folder / "live" / "built"), encoding="utf-8")
-    if "left out" in said.read_text(encoding="utf-8") and not CI:
-        pytest.skip(said.read_text(encoding="utf-8"))
-
+    folder = tmp_path_factory.mktemp("live-site")
+    shutil.copytree(SCRIPTS, folder / "live")
+    shutil.copytree(BUILT, folder / "live" / "built")
+    boxes = "".join(f'<div class="live" data-live="{name}">without scripts: {name}</div>' for name in NAMES)
+    (folder / "index.html").write_text(PAGE.format(boxes), encoding="utf-8")
     with served(folder) as address:
         yield address
 

@@ -26,6 +26,7 @@ CORES = os.cpu_count() or 1
 # warning of the debugger.
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
 NOTEBOOKS = sorted(map(str, (ROOT / "book").glob("*.ipynb")))
+IN_A_BROWSER = ["tests/test_site.py", "tests/test_live.py"]  # these look at what is built
 CACHE = BUILD / ".jupyter_cache"  # where Jupyter Book looks for outputs
 
 
@@ -75,11 +76,12 @@ def commands(stage: str) -> list[tuple[str, dict[str, str], list[str]]]:
         case "lint":
             return [("", {}, [str(BIN / "ruff"), "check", "--quiet", str(ROOT)])]
         case "tests":
-            return [("", one_thread, pytest("worksteal", "tests", "--ignore=tests/test_site.py"))]
+            others = [f"--ignore={file}" for file in IN_A_BROWSER]
+            return [("", one_thread, pytest("worksteal", "tests", *others))]
         case "notebooks":
             return [("", one_thread, nbval())]
         case "site":
-            return [("", {}, pytest("worksteal", "-rs", "tests/test_site.py"))]
+            return [("", {}, pytest("worksteal", "-rs", *IN_A_BROWSER))]
         case "portable":
             return [
                 (f"{name}, {threads} thread{'s' * (threads > 1)}", variables | {"OMP_NUM_THREADS": str(threads)},
