@@ -1,8 +1,8 @@
 """Flow matching in this book's notation (chapter 10): the straight path x_u = (1 − u) x_0 + u ε from data, u = 0, to
 noise, u = 1; its velocity; and what turns a flow into a noise model, so that the samplers of chapter 6 take it.
 
-Lipman et al., "Flow Matching for Generative Modeling", 2023, arXiv:2210.02747; Liu, Gong, Liu, "Flow Straight and
-Fast", 2023, arXiv:2209.03003.
+Lipman et al., "Flow Matching for Generative Modeling", 2022, arXiv:2210.02747; Liu, Gong, Liu, "Flow Straight and
+Fast", 2022, arXiv:2209.03003.
 """
 
 from collections.abc import Callable, Iterator

@@ -207,7 +207,7 @@ def show_source(function) -> None:
     """Show the source of a function, a class or a method of the package, highlighted, with a link to its file."""
     from IPython.display import Code, Markdown, display
 
-    file = f"{__package__}/{Path(inspect.getsourcefile(function)).name}"
+    file = f"{__package__}/{Path(inspect.getsourcefile(inspect.unwrap(function))).name}"
     repository = metadata(__package__)["Project-URL"].removeprefix("Repository, ")
     display(Code(textwrap.dedent(inspect.getsource(function)), language="python"))
     display(Markdown(f"`{function.__qualname__}` in [{file}]({repository}/blob/main/{file})"))

@@ -391,10 +391,10 @@ def test_ddim(page):
 def test_slerp(page):
     box = figure(page, "slerp")
     press(box, "Draw")
-    finished(box, "Drawn with w = 0.50. 12 evaluations of 3 images")
+    finished(box, "Drawn with ψ = 0.50. 12 evaluations of 3 images")
     ends = pixels(box, 0), pixels(box, 2)
-    assert slide(box, "w =", "Home") == "0.00"
-    finished(box, "Drawn with w = 0.00")
+    assert slide(box, "ψ =", "Home") == "0.00"
+    finished(box, "Drawn with ψ = 0.00")
     assert torch.equal(pixels(box, 1), ends[0]) and torch.equal(pixels(box, 2), ends[1])
 
 

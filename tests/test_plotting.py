@@ -11,6 +11,7 @@ import torch
 from matplotlib.patches import FancyArrowPatch
 from PIL import Image
 
+from ddpm_tutorial.editing import resample
 from ddpm_tutorial.plotting import (
     animate_images,
     animate_points,
@@ -110,6 +111,13 @@ def test_show_source_takes_off_a_methods_indentation_and_links_to_its_file(monke
     assert code.data.startswith("def forward(self")
     assert link.data.startswith("`UNet.forward` in [ddpm_tutorial/unet.py](https://github.com/")
     assert link.data.endswith("/blob/main/ddpm_tutorial/unet.py)")
+
+
+def test_show_source_of_a_checked_function_links_to_the_functions_own_file(monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    show_source(resample)  # its wrapper is written in sampling.py
+    assert shown[1].data.startswith("`resample` in [ddpm_tutorial/editing.py](")
 
 
 def test_unknown_quiz_names_the_known_ones():

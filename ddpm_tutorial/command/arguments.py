@@ -70,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train",
         help="train a class-conditional U-Net",
-        description="Train a noise-predicting U-Net and keep checkpoints, a log and sample grids in a folder.",
+        description="Train a U-Net and keep checkpoints, a log and sample grids in a folder.",
         epilog="Example: ddpm-tutorial train --data hub --out runs/first --num-train-steps 20000. Ctrl-C writes a "
         "checkpoint; the same command with --resume goes on from there, exactly.",
         argument_default=argparse.SUPPRESS,  # what is not given is left to the function that takes it

@@ -172,7 +172,7 @@ def train_to_folder(
     left to do.
 
     Writes a checkpoint every ``checkpoint_every`` steps, a row of log.csv every ``log_every`` and with each checkpoint
-    (means since the row before, so a resumed run's are those of one never stopped), a grid of EMA samples under
+    (its loss a mean since the row before, so a resumed run's is that of one never stopped), a grid of EMA samples under
     samples/ every ``sample_every`` (0: none), and all of them at the end. When ``should_stop()`` is true in any
     process, it ends with a row and a checkpoint. ``resume`` continues from the checkpoint in ``out``; without it a
     folder that holds one is refused, and so is one that another run writes to. ``info`` is written to training.json

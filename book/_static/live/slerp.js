@@ -6,7 +6,7 @@ import { CLASS_NAMES, SIZE, button, choice, explain, follow, job, new_seed, pict
 export default function slerp() {
   const garment = choice("Garment", CLASS_NAMES, { value: 3, change: () => again() });
   const settle = () => again();
-  const weight = slider("w =", { min: 0, max: 1, step: 0.05, value: 0.5, format: (v) => v.toFixed(2), settle });
+  const weight = slider("ψ =", { min: 0, max: 1, step: 0.05, value: 0.5, format: (v) => v.toFixed(2), settle });
   const [a, middle, b] = [
     picture("noise <i>a</i>", "Drawn from noise a", true),
     picture("between", "Drawn from the noise between a and b", true),
@@ -20,7 +20,7 @@ export default function slerp() {
     const options = { num_inference_steps: 12 };
     const steps = sample_dpmpp_2m(for_labels(Array(3).fill(garment.value)), diffusion, x_T, options);
     await follow(steps, signal, ({ x_t }) => shown.forEach((tile, i) => tile.show(x_t, i)));
-    return `Drawn with w = ${weight.value.toFixed(2)}.`;
+    return `Drawn with ψ = ${weight.value.toFixed(2)}.`;
   });
 
   function renew() {
@@ -36,7 +36,7 @@ export default function slerp() {
     row(weight.label),
     pictures(...shown.map((tile) => tile.figure)),
     status,
-    explain(`The middle picture begins with the noise slerp(<i>a</i>, <i>b</i>; <i>w</i>) (6.23), which is as loud as
+    explain(`The middle picture begins with the noise slerp(<i>a</i>, <i>b</i>; <i>ψ</i>) (6.23), which is as loud as
       <i>a</i> and <i>b</i> are. DPM-Solver++(2M) draws all three in 12 steps (6.22).`),
   ];
 }
