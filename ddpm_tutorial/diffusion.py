@@ -108,7 +108,7 @@ def _checked(betas: Tensor) -> Tensor:
         raise ValueError(
             f"each beta must lie in (0, 1); got values from {betas.min().item():.4g} to {betas.max().item():.4g}"
         )
-    return betas
+    return betas.clone()  # not the caller's, nor a part of a mapped file, which Windows would not let go
 
 
 def diffusion_tables(betas: Tensor) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Images for labels from a trained model: each image from a seed of its own, many together (chapters 5 to 7)."""
+"""Images for labels from a trained model: each image from a seed of its own, many together (chapters 5 and 8)."""
 
 import zipfile
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .data import seeded_generator, to_uint8
-from .diffusion import randn_like
+from .diffusion import holds_integers, randn_like
 from .files import reading
 from .guidance import classifier_free
 from .predictor import NoisePredictor
@@ -36,6 +36,7 @@ def draw_batches(
     is not finite.
     """
     begin = sampler_of_images(model, *options, **named)
+    begin(labels[:1], 0)  # says what is wrong, and takes no step
 
     def batches() -> Iterator[Tensor]:
         with _progress(model, labels) as bar:
@@ -128,6 +129,8 @@ def read_samples(path: Path) -> tuple[Tensor, Tensor]:
     """The images uint8 (N, C, H, W) and labels (N,) of a FILE.npz that ``sample`` wrote."""
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder, not a FILE.npz")
+    if not path.exists():
+        raise FileNotFoundError(f"no such file: {path}")
     with reading(path, "images and labels as sample writes them"):
         if not zipfile.is_zipfile(path):
             raise ValueError("no NPZ file")
@@ -135,8 +138,8 @@ def read_samples(path: Path) -> tuple[Tensor, Tensor]:
             if missing := {"images", "labels"} - set(file.files):
                 raise ValueError(f"without {' and '.join(sorted(missing))}")
             images, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"])
-    integers = not (labels.is_floating_point() or labels.is_complex())
-    if images.dtype != torch.uint8 or images.ndim != 4 or labels.shape != images.shape[:1] or not integers:
+    fits = images.dtype == torch.uint8 and images.ndim == 4 and labels.shape == images.shape[:1]
+    if not fits or not holds_integers(labels):
         raise ValueError(
             f"{path} must hold uint8 images (N, C, H, W) and integer labels (N,), got {images.dtype} "
             f"{tuple(images.shape)} and {labels.dtype} {tuple(labels.shape)}"

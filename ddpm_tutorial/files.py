@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from filelock import FileLock, Timeout
 from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -27,7 +29,7 @@ def reading(path: str | Path, expected: str) -> Iterator[None]:
     """Whatever is wrong with a file's contents becomes a ValueError of one line that names it."""
     try:
         yield
-    except (OSError, FloatingPointError):
+    except (OSError, FloatingPointError, MemoryError, torch.cuda.OutOfMemoryError):
         raise
     except Exception as error:  # a damaged file finds its own way to fail
         reason = " ".join(str(error).split())
@@ -62,6 +64,8 @@ def written_aside(out: Path) -> Iterator[Path]:
     try:
         yield aside
         moved(aside, out)
+    except SafetensorError as error:  # what it raises where a file cannot be written
+        raise OSError(str(error)) from error
     finally:
         aside.unlink(missing_ok=True)
 

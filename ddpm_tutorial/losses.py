@@ -1,4 +1,4 @@
-"""Losses on what the network predicts, and the weight of each timestep (chapters 3 and 5)."""
+"""Losses on what the network predicts, and the weight of each timestep (chapters 3, 5 and 10)."""
 
 import torch
 import torch.nn.functional as F

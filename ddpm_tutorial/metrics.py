@@ -157,7 +157,7 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
     """Fréchet distance of the Gaussians fitted to two sets of features (N, D) and (M, D), each with more than D rows:
     ‖μ − m‖² + tr(C + S − 2 (CS)^½) (Heusel et al., 2017, arXiv:1706.08500, eq. 6). Biased upwards by about 1/N.
     """
-    _check_features(real, generated, least=real.shape[1] + 1)
+    _check_features(real, generated, least=real.shape[-1] + 1)
     from torchmetrics.image.fid import FrechetInceptionDistance  # slow to import, so only where it is used
 
     metric = FrechetInceptionDistance(feature=_Given(real.shape[1]))

@@ -177,7 +177,7 @@ style="display: block; width: ${columns}00%; max-width: none; height: auto; padd
 }</script></div>"""
 
 
-def play(animation: FuncAnimation, alt: str = "A film; the text beside it says what it shows"):
+def play(animation: FuncAnimation, alt: str):
     """The animation with its controls, as HTML that needs no other file and no network. ``alt`` says what it shows.
 
     All frames are one picture, of which the page shows a part. It moves when it is asked to, not before.

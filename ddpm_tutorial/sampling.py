@@ -1,8 +1,8 @@
 """Samplers: from noise to images with any noise model ``model(x_t, t)`` (chapters 5 and 6).
 
 Each sampler is a generator: it yields every step, and the caller plots, stops, or keeps the last. ``start`` begins it
-part-way: at that timestep, with ``x_T`` as x_start (chapter 9). ``spacing`` says in what the timesteps are even: in
-"t", or in "u", the share of noise (``path_timesteps``). ``generator`` may be a list, one for each image.
+part-way: at that timestep, with ``x_T`` as the x_t there (chapter 9). ``spacing`` says in what the timesteps are even:
+in "t", or in "u", the share of noise (``path_timesteps``). ``generator`` may be a list, one for each image.
 Arguments that do not fit are a ValueError at the call.
 """
 

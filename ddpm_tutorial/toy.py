@@ -1,5 +1,5 @@
 """Toy data whose exact noise predictor is known, and a small denoiser for points in the plane: the oracle of the
-chapters and the tests (chapters 1, 2, 3 and 6)."""
+chapters and the tests (chapters 1, 2, 3, 6, 7 and 10)."""
 
 import math
 from collections.abc import Callable, Iterator

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .checkpoint import TrainState, load_state
 from .data import batch_indices, seeded_generator, to_model_range
+from .diffusion import holds_integers
 from .guidance import drop_labels
 from .losses import draw_timesteps, simple_loss, timestep_probabilities
 from .optimizer import Muon, make_optimizers
@@ -112,6 +113,8 @@ def train(
         labels = None
     elif labels is None:
         raise ValueError("a class-conditional model needs labels")
+    elif not holds_integers(labels):
+        raise ValueError(f"labels must be integers, got {labels.dtype}")
     elif labels.ndim not in (1, 2) or labels.shape[:1] != images.shape[:1] or 0 in labels.shape:
         raise ValueError(f"labels must be ({len(images)},), or captions ({len(images)}, L), got {tuple(labels.shape)}")
     elif not 0 <= labels.min() <= labels.max() <= (largest := model.num_classes - (labels.ndim == 1)):

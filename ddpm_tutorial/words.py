@@ -75,4 +75,5 @@ def _rows(texts: Sequence[Sequence[str]], vocabulary: Sequence[str]) -> Tensor:
     numbers = {word: number for number, word in enumerate(vocabulary)}
     found = [[numbers[word] for word in words if word in numbers] for words in texts]
     longest = max([1, *map(len, found)])
-    return torch.tensor([row + [len(numbers)] * (longest - len(row)) for row in found]).view(-1, longest)
+    rows = [row + [len(numbers)] * (longest - len(row)) for row in found]
+    return torch.tensor(rows, dtype=torch.long).view(-1, longest)

@@ -23,7 +23,7 @@ from ddpm_tutorial.settings import TrainConfig, number, one_of, whole
 from ddpm_tutorial.training import train
 from ddpm_tutorial.unet import Stage, UNet
 
-from .common import PROCESSES, Table, fingerprint, run_command, table_parser
+from .common import PROCESSES, Table, cuda_or_cpu, fingerprint, run_command, table_parser
 
 DEFAULTS = {"num_train_steps": 1200, "batch_size": 32, "channels": 24, "lr": 6e-3, "num_images": 500}
 SEEDS = (0, 1, 2)
@@ -106,7 +106,7 @@ def run(
     command: str, out: Path, data: str | None = None, runs: list[str] | None = None, seeds: int = len(SEEDS),
     processes: int = PROCESSES, **options,
 ) -> None:  # fmt: skip
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = cuda_or_cpu()
     train_set = load_fashion_mnist("train", data)
     settings = options | {
         "optimizer": TrainConfig().optimizer, "num_train_images": len(train_set.images), "device": device.type,

@@ -70,6 +70,14 @@ def run_command(parser: Parser, argv: list[str] | None, run: Callable[..., None]
     return status
 
 
+def cuda_or_cpu() -> torch.device:
+    """The device of this process, and of those it starts: a Mac's GPU is left alone, also by ``train``."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        os.environ["ACCELERATE_USE_CPU"] = "1"
+    return device
+
+
 def parsed_for_device(parser: Parser, argv: list[str] | None) -> dict:
     """The options that are given, with one more: --device, a ``torch.device`` that then holds for the process."""
     found = "cuda" if torch.cuda.is_available() else "cpu"
@@ -131,7 +139,7 @@ class Table:
                        if before["settings"].get(name) != settings[name]]  # fmt: skip
             if changed:
                 raise ValueError(f"{out} was made with {'; '.join(changed)}: delete it, or choose another --out")
-        if self.missing or not before:
+        if self.missing or not jobs:
             device = torch.device(settings.get("device", "cpu"))
             self.result = {"rows": [], **before, "settings": settings, "command": command, "machine": machine(device)}
 

@@ -27,6 +27,7 @@ from torchvision.utils import save_image
 from ddpm_tutorial.command.arguments import Parser
 from ddpm_tutorial.data import seeded_generator
 from ddpm_tutorial.diffusion import GaussianDiffusion
+from ddpm_tutorial.files import written_aside
 from ddpm_tutorial.guidance import classifier_free
 from ddpm_tutorial.metrics import nearest_neighbours
 from ddpm_tutorial.predictor import NoisePredictor
@@ -151,7 +152,7 @@ def run(minutes: float | None, num_train_steps: int | None, out: Path, channels:
 def kept(path: Path, samples: dict[str, Tensor], began: float) -> None:
     """Samples by kind-count-step, and the seconds since ``began`` that they took."""
     seconds = time.perf_counter() - began
-    with open(path, "wb") as file:
+    with written_aside(path) as aside, aside.open("wb") as file:
         np.savez_compressed(file, seconds=seconds, **{name: images.numpy() for name, images in samples.items()})
 
 

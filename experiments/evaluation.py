@@ -35,11 +35,16 @@ def run(
     command: str, out: Path, num_images: int, seed: int, data: str | None = None, checkpoint: str | None = None,
     only: str | None = None,
 ) -> None:  # fmt: skip
+    if not out.name.startswith("evaluation-"):
+        files = ", ".join(f"evaluation-{name}.json" for name in NAMES)
+        raise ValueError(f"--out says in which folder {files} go, by the name of one; got {out.name}")
     model = NoisePredictor.from_pretrained(checkpoint).to(processes().device)
+    sizes = {f"num_{split}_images": len(load_fashion_mnist(split, data).images) for split in ("train", "test")}
     with tempfile.TemporaryDirectory() as folder:
         for name in [only] if only else NAMES:
             judges, count = ([], min(num_images, BITS_IMAGES)) if name == "bits" else ([Classifier], num_images)
-            settings = {"num_images": count, "seed": seed, "device": model.device.type}
+            settings = {"num_images": count, "seed": seed, "device": model.device.type, **sizes}
+            settings |= {} if name == "bits" else SAMPLER | {"guidance_scale": scale_of(name)}
             settings |= made_with(checkpoint, *judges)
             table = Table(out.with_name(f"evaluation-{name}.json"), command, settings, [])
             if "metric" in table:
@@ -53,9 +58,13 @@ def run(
             table.write()
 
 
+def scale_of(name: str) -> float:
+    return GUIDANCE_SCALE if name == "guided" else 1.0
+
+
 def judged(model: NoisePredictor, data: str | None, seed: int, num_images: int, name: str, folder: Path) -> dict:
     """What ``evaluate`` says of samples, and their ``pixel_figures``."""
-    guidance_scale = GUIDANCE_SCALE if name == "guided" else 1.0
+    guidance_scale = scale_of(name)
     samples = folder / f"guidance-{guidance_scale}.npz"
     if not samples.exists():
         labels = torch.arange(num_images) % model.num_classes

@@ -27,6 +27,7 @@ from ddpm_tutorial.command.arguments import Parser
 from ddpm_tutorial.data import ImageData, load_fashion_mnist, seeded_generator, to_model_range, to_uint8
 from ddpm_tutorial.diffusion import GaussianDiffusion
 from ddpm_tutorial.elbo import discretized_gaussian_log_likelihood
+from ddpm_tutorial.files import written_aside
 from ddpm_tutorial.guidance import classifier_free
 from ddpm_tutorial.latents import KL_WEIGHT, Autoencoder, kl_to_standard, train_autoencoder
 from ddpm_tutorial.metrics import Classifier, Seen, look, real_figures, sample_figures
@@ -74,7 +75,8 @@ def kept(network: Autoencoder | NoisePredictor, folder: Path, **note) -> Autoenc
     part = network.unet if isinstance(network, NoisePredictor) else network  # the schedule keeps its 64 bits
     part.half()
     network.save_pretrained(folder)
-    (folder / NOTE).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
+    with written_aside(folder / NOTE) as aside:
+        aside.write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
     return type(network).from_pretrained(folder).to(processes().device)
 
 

@@ -122,6 +122,10 @@ def test_the_bar_moves_with_every_step_of_a_sampler(model, monkeypatch):
         ({"num_inference_steps": 26}, "1 … 25"),
         ({"sampler": "ddpm", "spacing": "u"}, "--spacing belongs to the other samplers"),
         ({"sampler": "heun", "eta": 0.5}, "--eta belongs to the sampler ddim, got 0.5 with heun"),
+        ({"eta": 5.0}, "eta"),
+        ({"spacing": "x"}, "spacing"),
+        ({"seed": -1}, "seed"),
+        ({"guidance_scale": float("inf")}, "guidance_scale"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused_at_the_call(model, options, message):

@@ -55,6 +55,11 @@ def test_each_file_is_made_once_of_the_samples_it_names(checkpoint, tmp_path, mo
     assert guided["guidance_scale"] == 1.3 and "samples" not in guided and guided["pixels"]["pixel_frequency"] > 0
 
 
+def test_another_name_than_that_of_its_files_is_refused(tmp_path, capsys):
+    assert evaluation.main(["--data", "sample", "--out", str(tmp_path / "mine.json")]) == 2
+    assert "got mine.json" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_samples_and_the_picture_are_those_of_the_command(checkpoint, tmp_path):
     options = ["--checkpoint", str(checkpoint), "--num-images", "20", "--out", str(tmp_path / "samples.json")]
     assert samples.main(options) == 0

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ddpm_tutorial import files
@@ -159,7 +160,10 @@ def test_whatever_is_wrong_in_a_file_is_one_line_that_names_it(error, told):
     assert str(caught.value) == told
 
 
-@pytest.mark.parametrize("error", [FileNotFoundError("x.json"), FloatingPointError("not finite")])
+@pytest.mark.parametrize("error", [
+    FileNotFoundError("x.json"), FloatingPointError("not finite"), MemoryError("full"),
+    torch.cuda.OutOfMemoryError("CUDA out of memory"),
+])  # fmt: skip
 def test_what_is_no_damage_of_a_file_stays_what_it_is(error):
     with pytest.raises(type(error)), reading("x.json", "figures"):
         raise error
@@ -174,6 +178,8 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
         aside.write_text("half", encoding="utf-8")
         raise KeyboardInterrupt
     assert out.read_text(encoding="utf-8") == "first" and list(tmp_path.iterdir()) == [out]
+    with pytest.raises(OSError, match="No space left"), written_aside(out):  # in safetensors' words
+        raise SafetensorError("I/O error: No space left on device")
 
 
 def test_where_nothing_can_be_written_is_told_and_nothing_is_left(tmp_path):

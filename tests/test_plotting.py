@@ -94,7 +94,7 @@ def frames_of(html, columns):
 
 def test_point_animation(generator):
     animation = animate_points([torch.randn(10, 2, generator=generator) for _ in range(2)], ["a", "b"])
-    one, two = frames_of(play(animation).data, columns=2)
+    one, two = frames_of(play(animation, "a film").data, columns=2)
     assert one.tobytes() != two.tobytes()
 
 

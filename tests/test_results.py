@@ -1,6 +1,7 @@
 """The tables that chapters show: they load, say how they were made, and were made with the weights that are shipped."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,11 +17,11 @@ from ddpm_tutorial.metrics import Classifier
 from ddpm_tutorial.results import RESULTS_FOLDER, load_results
 from ddpm_tutorial.words import EMOJI_WEIGHTS
 from experiments import __main__ as experiments
-from experiments.common import Table, fingerprint, made_with, pixel_figures
+from experiments.common import Table, cuda_or_cpu, fingerprint, made_with, pixel_figures
 
 NAMES = sorted(path.stem for path in RESULTS_FOLDER.glob("*.json"))
 TRAIN_THEIR_OWN = ("ablation", "choices", "benchmark", "emoji", "latents")
-BEFORE = ("benchmark-cpu", "benchmark-recipe-cpu")  # from before tables said how they were made
+BEFORE = ("benchmark-recipe-cpu",)
 
 
 def test_every_table_loads():
@@ -125,3 +126,14 @@ def test_the_front_page_says_what_the_table_says():
     shares = [f"in {ours['label_agreement']:.0%} of them", f"in {real['label_agreement']:.0%} of real ones"]
     for said in (count, steps, *distances, *shares):
         assert said in text, said
+
+
+def test_a_table_without_jobs_that_goes_on_says_who_wrote_it_last(tmp_path):
+    Table(tmp_path / "a.json", "first", {"seed": 0}, []).write()
+    assert Table(tmp_path / "a.json", "second", {"seed": 0}, []).result["command"] == "second"
+
+
+def test_without_cuda_no_other_gpu_is_taken(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cuda_or_cpu().type == "cpu" and os.environ["ACCELERATE_USE_CPU"] == "1"

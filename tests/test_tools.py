@@ -1,11 +1,14 @@
-"""What contributors run on the book: the checks of portability."""
+"""What contributors run on the book: the checks, and those of portability."""
 
 import runpy
 from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from tools import check
 
 ROUNDING = Path(__file__).parents[1] / "tools" / "rounding" / "profile_default" / "startup" / "rounding.py"
 
@@ -25,3 +28,13 @@ def test_other_rounding_is_small_and_repeats_and_keeps_gradients(monkeypatch):
     assert not torch.equal(x.flatten(1) @ x.flatten(1).T, torch.mm(x.flatten(1), x.flatten(1).T))
     after.sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in layers.parameters())
+
+
+@pytest.mark.parametrize("stages, lanes", [
+    (["book", "site"], [[], ["book", "site"]]), (["tests", "pages", "site"], [["pages", "site"], ["tests"]]),
+])  # fmt: skip
+def test_the_site_is_looked_at_when_it_is_built(monkeypatch, stages, lanes):
+    ran = []
+    monkeypatch.setattr(check, "run_stages", lambda stages, say: ran.append(stages) or {})
+    monkeypatch.setattr("sys.argv", ["check.py", *stages])
+    assert check.main() == 0 and sorted(ran) == sorted(lanes)

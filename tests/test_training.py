@@ -148,6 +148,7 @@ def test_bad_data_is_refused_before_the_first_step(data):
     for bad_images, bad_labels, message in [
         (images, None, "needs labels"),
         (images, labels[:-1], r"labels must be \(70,\)"),
+        (images, labels.float(), "labels must be integers, got torch.float32"),
         (images, labels + 1, "0 … 9.*got 1 … 10"),
         (images.float(), labels, "uint8"),
         (images.double() / 255, labels, "uint8 or float32"),

@@ -74,7 +74,8 @@ def test_captions_of_texts():
     vocabulary = ("apple", "green", "red")
     assert captions_of(["Red apple", "green", ""], vocabulary).tolist() == [[2, 0], [1, 3], [3, 3]]
     assert captions_of([""], vocabulary).tolist() == [[3]]
-    assert captions_of([], vocabulary).shape == (0, 1)
+    none = captions_of([], vocabulary)
+    assert none.shape == (0, 1) and none.dtype == torch.long
     with pytest.raises(ValueError, match="'apples' is not one of the 3 words known; near ones: apple"):
         captions_of(["red apples"], vocabulary)
 

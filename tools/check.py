@@ -136,7 +136,7 @@ def main() -> int:
         print(f"usage: check.py STAGE..., of {', '.join(STAGES)}; got {stages}", file=sys.stderr)
         return 2
     # The site is built and looked at beside the rest, which it does not touch; then what it says is shown in the end.
-    beside = [stage for stage in stages if stage in ("pages", "site")]
+    beside = [stage for stage in stages if stage in ("pages", "site") and "book" not in stages]
     rest = [stage for stage in stages if stage not in beside]
     show, said = partial(print, end="", flush=True), []
     with ThreadPoolExecutor(1) as pool:

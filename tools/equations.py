@@ -34,11 +34,6 @@ class Equation(NamedTuple):
     section: str  # the number of the section that it stands in
 
 
-class Place(NamedTuple):
-    text: str  # Markdown
-    file: Path | None  # None: it does not exist
-
-
 def chapters() -> dict[str, tuple[str, list[Equation], set[str]]]:
     """Of each notebook that numbers equations, by its name: title, equations in their order, ids of its code cells."""
     found = {}

@@ -1,6 +1,7 @@
 """``ddpm-tutorial evaluate``: the bound of real images; what a classifier sees in samples (chapters 2 and 8)."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -73,8 +74,10 @@ def measure_bits(
     first = (result.terms * (result.timesteps == 1)) @ result.weights
     middle = result.total - result.prior - first
     parts = {"total": result.total, "L_T": result.prior, "L_1_to_T-1": middle, "L_0": first}
-    names = ("mean", "standard_error")
-    figures = {part: dict(zip(names, mean_and_error(bits), strict=True)) for part, bits in parts.items()}
+    figures = {}
+    for part, bits in parts.items():
+        mean, error = mean_and_error(bits)
+        figures[part] = {"mean": mean, "standard_error": error if math.isfinite(error) else None}  # one image has none
     if not result.total.isfinite().all():
         raise FloatingPointError("the bound is not finite: the training of this network went wrong")
     return {"split": split, "num_images": len(x_0), "num_steps": len(result.weights), "bits_per_dim": figures}
@@ -84,7 +87,8 @@ def print_bits(report: dict) -> None:
     num_images, num_steps = report["num_images"], report["num_steps"]
     print(f"bits/dim without labels, {num_images} {report['split']} images, {num_steps} timesteps each:")
     for name, figure in report["bits_per_dim"].items():
-        print(f"  {name:10s} {figure['mean']:8.4f} ± {figure['standard_error']:.4f}")
+        error = figure["standard_error"]
+        print(f"  {name:10s} {figure['mean']:8.4f}" + ("" if error is None else f" ± {error:.4f}"))
 
 
 def measure_samples(

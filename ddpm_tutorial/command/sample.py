@@ -76,7 +76,7 @@ def check_out(out: Path) -> None:
         raise IsADirectoryError(f"{out} is a folder; --out with an ending is a file")
     if not ending and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists already; --out without an ending is a new or empty folder for the images")
-    check_writable(out)
+    check_writable(out / "image.png" if out.is_dir() else out)
 
 
 def save_images(

@@ -89,7 +89,8 @@ def run(out: Path, resume: bool = False, **given) -> int:
     place.print(f"a U-Net of {size:.2f} million parameters on {place.num_processes} × {place.device.type}")
 
     # A folder is kept as an absolute path: --resume may be given in another one.
-    kept = asdict(run) | {"data": os.path.abspath(source) if os.path.isdir(source) else source}
+    named = source in ("hub", "sample") or not os.path.isdir(source)
+    kept = asdict(run) | {"data": source if named else os.path.abspath(source)}
     with _signals() as stopped:  # finish the step, write a checkpoint, then stop
         last = train_to_folder(
             model, data.images, labels, config, out,

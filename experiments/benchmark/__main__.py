@@ -10,13 +10,10 @@ With --recipe: how long our whole recipe and the Hugging Face notebook's take to
 
 import argparse
 import importlib.metadata
-import os
 import statistics
 import sys
 from dataclasses import asdict
 from pathlib import Path
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
@@ -25,7 +22,7 @@ from ddpm_tutorial.command.arguments import Parser
 from ddpm_tutorial.results import RESULTS_FOLDER
 from ddpm_tutorial.settings import TEXT, number, whole
 
-from ..common import Table, outcome, results_file
+from ..common import Table, cuda_or_cpu, outcome, results_file
 from .measure import run_rounds, sampling_task, settings, spread, training_task
 from .peers import PEERS, Candidate, candidates, operations, parameters, shipped_config
 from .recipe import recipe_benchmark
@@ -132,7 +129,7 @@ def speed_benchmark(
 
 # ------------------------------------------------------------------------------------------------- the command
 def main(argv: list[str] | None = None) -> int:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = cuda_or_cpu()
     parser = Parser(prog="python -m experiments.benchmark", argument_default=argparse.SUPPRESS,
                     description="Speed against other libraries' networks, on this machine.")  # fmt: skip
     parser.add_argument("--out", type=results_file, metavar="FILE", help="(default: in the results)")

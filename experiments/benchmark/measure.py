@@ -25,7 +25,7 @@ ENDLESS = 10**9
 
 @dataclass(frozen=True)
 class Setting:
-    """How a network is run. The loop, the batch and the optimiser's arithmetic are the same in all."""
+    """How a network is run. The batch is the same in all."""
 
     channels_last: bool = False
     bf16: bool = False
@@ -51,7 +51,8 @@ def peer_steps(
     loss: str = "l2",
     grad_clip: float | None = 1.0,
 ) -> Iterator[None]:
-    """DDPM algorithm 1 with any module of (x, t): the steps of ``ddpm_tutorial.training.train``, without EMA."""
+    """DDPM algorithm 1 with any module of (x, t): as ``ddpm_tutorial.training.train`` has it, with Adam
+    and no average."""
     device = images.device
     layout = torch.channels_last if setting.channels_last else torch.contiguous_format
     model.to(device, memory_format=layout).train()

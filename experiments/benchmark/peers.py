@@ -184,7 +184,7 @@ def shipped_unet() -> UNet:
 
 
 def wide_unet() -> UNet:
-    return UNet(channels=64, patch_size=2, num_classes=10)  # what `ddpm-tutorial train` builds
+    return UNet(channels=64, patch_size=2, num_classes=10)
 
 
 def parameters(model: nn.Module) -> int:
