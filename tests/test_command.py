@@ -583,7 +583,8 @@ def test_bad_input_of_sample(trained, tmp_path, fails):
     (tmp_path / "full" / "mine").write_text("mine")
     assert "exists already" in fails(*elsewhere, tmp_path / "full")
     assert "exists already" in fails(*elsewhere, tmp_path / "full" / "mine")
-    assert f"no such file: {tmp_path / 'none.npz'}" in fails("evaluate", "--samples", tmp_path / "none.npz")
+    judging = ("evaluate", "--metric", "samples", "--data", "sample", "--samples", tmp_path / "none.npz")
+    assert f"no such file: {tmp_path / 'none.npz'}" in fails(*judging)
     fails(*elsewhere, tmp_path / "new", "--eta", 2)
     assert not (tmp_path / "new").exists() and os.listdir(tmp_path / "full") == ["mine"]
     assert "no such folder" in fails("sample", "--checkpoint", trained, "--out", tmp_path / "no" / "x.png")

@@ -21,7 +21,6 @@ from experiments.common import Table, cuda_or_cpu, fingerprint, made_with, pixel
 
 NAMES = sorted(path.stem for path in RESULTS_FOLDER.glob("*.json"))
 TRAIN_THEIR_OWN = ("ablation", "choices", "benchmark", "emoji", "latents")
-BEFORE = ("benchmark-recipe-cpu",)
 
 
 def test_every_table_loads():
@@ -30,7 +29,7 @@ def test_every_table_loads():
         assert load_results(name) == json.loads((RESULTS_FOLDER / f"{name}.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("name", sorted(set(NAMES) - set(BEFORE)))
+@pytest.mark.parametrize("name", NAMES)
 def test_a_table_was_made_with_the_weights_that_are_shipped(name):
     settings = load_results(name)["settings"]
     assert ("weights" in settings) != name.startswith(TRAIN_THEIR_OWN)
@@ -41,7 +40,7 @@ def test_a_table_was_made_with_the_weights_that_are_shipped(name):
         assert settings.get(network, shipped) == shipped, f"{name}.json was made with another {network}: make results"
 
 
-@pytest.mark.parametrize("name", sorted(set(NAMES) - set(BEFORE)))
+@pytest.mark.parametrize("name", NAMES)
 def test_a_table_says_how_it_was_made(name):
     result = load_results(name)
     assert result["command"].startswith("python -m experiments.") and result["settings"]["device"] in ("cpu", "cuda")
