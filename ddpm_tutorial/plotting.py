@@ -23,7 +23,6 @@ from PIL import Image
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.modules.module import register_module_forward_hook
-from torchvision.utils import make_grid
 
 from .data import to_uint8
 from .unet import UNet, sinusoidal_embedding
@@ -97,6 +96,8 @@ def animate_images(
     frames: Iterable[Tensor], titles: Sequence[str], *, columns: int = 8, fps: int = 10
 ) -> FuncAnimation:
     """An animation of image batches (N, C, H, W), one batch a frame, as a grid of ``columns``. ``play`` shows it."""
+    from torchvision.utils import make_grid  # slow to import, so only where it is used
+
     grids = [rearrange(make_grid(_displayable(f), nrow=columns, pad_value=128), "c h w -> h w c") for f in frames]
     height, width = grids[0].shape[:2]
     scale, title_height = max(1, 320 // width), 24  # whole screen pixels for each image pixel: sharp, and small files

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from ..drawing import BATCH_SIZE, draw_batches, draw_chain
 from ..files import check_writable, written_aside
@@ -125,6 +124,8 @@ def save_chain(frames: Sequence[Tensor], out: Path, columns: int) -> None:
 
 
 def _grid(images: Tensor, columns: int) -> Image.Image:
+    from torchvision.utils import make_grid  # slow to import, so only where it is used
+
     grid = make_grid(images, nrow=columns)  # (3, H, W): it makes three channels of one
     return _picture(grid[: images.shape[1]])
 

@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 from accelerate.utils import broadcast_object_list, reduce
 from torch import Tensor
-from torchvision.utils import save_image
 from tqdm.auto import tqdm
 
 from ..checkpoint import (
@@ -295,6 +294,8 @@ def _grid_path(out: Path, step: int) -> Path:
 
 def _save_samples(model: NoisePredictor, path: Path) -> None:
     """Eight samples of each class, at most ten (or 80 without classes), by 20 DDIM steps from one fixed noise."""
+    from torchvision.utils import save_image  # slow to import, so only where it is used
+
     ask, count = model, 80
     if model.num_classes is not None:
         labels = torch.arange(min(model.num_classes, 10), device=model.device).repeat(8)
