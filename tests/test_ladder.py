@@ -80,7 +80,7 @@ def test_a_row_is_drawn_with_other_seeds(small, tmp_path, monkeypatch):
     """Once, and not where its cost is left out; each seed gives other images."""
     drawn, draw = [], ladder.draw
     monkeypatch.setattr(ladder, "draw", lambda *options: drawn.append(draw(*options)) or drawn[-1])
-    monkeypatch.setattr(ladder, "AGAIN", ("Heun", 12))
+    monkeypatch.setattr(ladder, "AGAIN", ("Heun", 4))
     monkeypatch.setattr(ladder, "NUM_SEEDS", 3)
     assert small(tmp_path / "a.json", "--max-evaluations", 3) == 0
     assert "other_seeds" not in json.loads((tmp_path / "a.json").read_text())
