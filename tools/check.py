@@ -3,7 +3,7 @@
 Stages run to the end even when one fails; the exit status is 0 only if all passed. ``book`` runs every notebook, builds
 the site of them from scratch, and takes each warning as an error. ``pages`` builds it from the committed outputs, which
 ``notebooks`` compares with fresh ones; ``site`` looks at what either has built. Tests and notebooks share the
-processor's cores: one process a core, one thread each (of tests one process more, for many wait for another process). ``portable`` is ``notebooks`` on other machines, as far as one
+processor's cores: one process a core, one thread each. ``portable`` is ``notebooks`` on other machines, as far as one
 machine can play them: other instruction sets, numbers of threads, and roundings.
 """
 
@@ -77,7 +77,7 @@ def commands(stage: str) -> list[tuple[str, dict[str, str], list[str]]]:
             return [("", {}, [str(BIN / "ruff"), "check", "--quiet", str(ROOT)])]
         case "tests":
             others = [f"--ignore={file}" for file in IN_A_BROWSER]
-            return [("", one_thread, pytest("worksteal", "tests", *others, workers=min(CORES + 1, 8)))]
+            return [("", one_thread, pytest("worksteal", "tests", *others))]
         case "notebooks":
             return [("", one_thread, nbval())]
         case "site":
