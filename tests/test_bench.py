@@ -83,7 +83,7 @@ def test_quick_recipe_times_both(tmp_path, monkeypatch):
 
     monkeypatch.setattr(recipe, "load_fashion_mnist", first)
     out = tmp_path / "recipe.json"
-    assert benchmark.main(["--recipe", "--quick", "--seconds", "1", "--data", "sample", "--out", str(out)]) == 0
+    assert benchmark.main(["--recipe", "--quick", "--seconds", "0.3", "--data", "sample", "--out", str(out)]) == 0
     result = json.loads(out.read_text())
     for name, curve in result["curves"].items():
         seconds = [s for s, _ in curve["seconds_and_error"]]
