@@ -26,6 +26,7 @@ CLASS_NAMES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
 HUB_NAME = "zalando-datasets/fashion_mnist"  # on the hub
+NAMED_SOURCES = ("hub", "sample")  # what is no folder, even beside one of that name
 SOURCE_VARIABLE = "DDPM_TUTORIAL_DATA"  # the environment variable that sets the default source
 SAMPLE_FOLDER = Path(__file__).parent / "sample"
 IDX_FILES = {
@@ -110,7 +111,7 @@ def load_images(
         raise ValueError(f"the image size must be at least 1, got {image_size}")
     source = _chosen(source)
     folder = Path(source)
-    if source in ("hub", "sample"):
+    if source in NAMED_SOURCES:
         data = load_fashion_mnist(split, source)
     elif folder.is_dir() and _find_idx(folder):
         pixels, values = _read_idx_folder(folder, split)

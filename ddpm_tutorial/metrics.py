@@ -157,9 +157,9 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
     """Fréchet distance of the Gaussians fitted to two sets of features (N, D) and (M, D), each with more than D rows:
     ‖μ − m‖² + tr(C + S − 2 (CS)^½) (Heusel et al., 2017, arXiv:1706.08500, eq. 6). Biased upwards by about 1/N.
     """
-    _check_features(real, generated, least=real.shape[-1] + 1)
     from torchmetrics.image.fid import FrechetInceptionDistance  # slow to import, so only where it is used
 
+    _check_features(real, generated, least=real.shape[-1] + 1)
     metric = FrechetInceptionDistance(feature=_Given(real.shape[1]))
     metric.update(real.cpu().double(), real=True)  # Apple's GPUs have no float64
     metric.update(generated.cpu().double(), real=False)
@@ -171,9 +171,9 @@ def kernel_distance(real: Tensor, generated: Tensor, num_subsets: int = 20, seed
     deviation over random subsets of up to 1,000 features of (N, D), (M, D). Unbiased for independent images, whatever
     their number; sets with as many of each class are not independent, and come out a little too small.
     """
-    _check_features(real, generated, least=2)
     from torchmetrics.image.kid import KernelInceptionDistance
 
+    _check_features(real, generated, least=2)
     size = min(1000, len(real), len(generated))
     with _seeded_and_quiet(seed):
         metric = KernelInceptionDistance(feature=_Given(real.shape[1]), subsets=num_subsets, subset_size=size)

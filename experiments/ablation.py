@@ -106,10 +106,9 @@ def run(
     command: str, out: Path, data: str | None = None, runs: list[str] | None = None, seeds: int = len(SEEDS),
     processes: int = PROCESSES, **options,
 ) -> None:  # fmt: skip
-    device = cuda_or_cpu()
     train_set = load_fashion_mnist("train", data)
     settings = options | {
-        "optimizer": TrainConfig().optimizer, "num_train_images": len(train_set.images), "device": device.type,
+        "optimizer": TrainConfig().optimizer, "num_train_images": len(train_set.images), "device": cuda_or_cpu().type,
         "classifier": fingerprint(Classifier.shipped),
     }  # fmt: skip
     table = Table(out, command, settings, [{"run": name, "seed": seed} for seed in SEEDS for name in RUNS])
@@ -124,8 +123,8 @@ def run(
 
 
 def main(argv: list[str] | None = None) -> int:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser = table_parser("ablation", "The ablation of chapter 8.", f"ablation-{device}", trains=True)
+    name = f"ablation-{cuda_or_cpu().type}"
+    parser = table_parser("ablation", "The ablation of chapter 8.", name, trains=True)
     parser.add_argument("--runs", type=one_of(*RUNS), nargs="+", metavar="NAME", help=f"of: {'; '.join(RUNS)}")
     parser.add_argument("--seeds", type=whole(1, len(SEEDS)), metavar="N", help="the first N (default: 3)")
     parser.add_argument("--num-train-steps", type=whole(), metavar="N", help="of each run (default: 1200)")

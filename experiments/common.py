@@ -80,7 +80,7 @@ def cuda_or_cpu() -> torch.device:
 
 def parsed_for_device(parser: Parser, argv: list[str] | None) -> dict:
     """The options that are given, with one more: --device, a ``torch.device`` that then holds for the process."""
-    found = "cuda" if torch.cuda.is_available() else "cpu"
+    found = cuda_or_cpu().type
     parser.add_argument("--device", type=one_of("cuda", "cpu"), default=found, metavar="X", help="cuda or cpu")
     args = vars(parser.parse_args(argv))
     if args["device"] == "cuda" and found == "cpu":

@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ddpm_tutorial.command.evaluate import measure_bits, measure_samples
 from ddpm_tutorial.command.sample import save_images
@@ -39,7 +40,8 @@ def run(
         files = ", ".join(f"evaluation-{name}.json" for name in NAMES)
         raise ValueError(f"--out says in which folder {files} go, by the name of one; got {out.name}")
     model = NoisePredictor.from_pretrained(checkpoint).to(processes().device)
-    sizes = {f"num_{split}_images": len(load_fashion_mnist(split, data).images) for split in ("train", "test")}
+    train, test = (load_fashion_mnist(split, data).images for split in ("train", "test"))
+    sizes = {"num_train_images": len(train), "num_test_images": len(test)}
     with tempfile.TemporaryDirectory() as folder:
         for name in [only] if only else NAMES:
             judges, count = ([], min(num_images, BITS_IMAGES)) if name == "bits" else ([Classifier], num_images)
@@ -53,7 +55,7 @@ def run(
             if name == "bits":
                 report = measure_bits(model, data, seed, count)
             else:
-                report = judged(model, data, seed, num_images, name, Path(folder))
+                report = judged(model, data, train, seed, num_images, name, Path(folder))
             table.result |= {"metric": "bits-per-dim" if name == "bits" else "samples", "seed": seed, **report}
             table.write()
 
@@ -62,8 +64,10 @@ def scale_of(name: str) -> float:
     return GUIDANCE_SCALE if name == "guided" else 1.0
 
 
-def judged(model: NoisePredictor, data: str | None, seed: int, num_images: int, name: str, folder: Path) -> dict:
-    """What ``evaluate`` says of samples, and their ``pixel_figures``."""
+def judged(
+    model: NoisePredictor, data: str | None, real: Tensor, seed: int, num_images: int, name: str, folder: Path
+) -> dict:
+    """What ``evaluate`` says of samples, and their ``pixel_figures`` beside ``real`` images."""
     guidance_scale = scale_of(name)
     samples = folder / f"guidance-{guidance_scale}.npz"
     if not samples.exists():
@@ -72,7 +76,6 @@ def judged(model: NoisePredictor, data: str | None, seed: int, num_images: int, 
         save_images(batches, labels, samples, columns=10)
     report = measure_samples(model, data, seed, samples=samples, repeats=REPEATS[name])
     del report["samples"]  # the file's name
-    real = load_fashion_mnist("train", data).images
     pixels = pixel_figures(read_samples(samples)[0], real)
     return {**SAMPLER, "guidance_scale": guidance_scale, **report, "pixels": pixels}
 

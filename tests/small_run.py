@@ -1,7 +1,10 @@
 """A training small enough for tests: what several files of them begin with."""
 
+from collections.abc import Callable
+
 import torch
 
+from ddpm_tutorial.data import ImageData, load_fashion_mnist
 from ddpm_tutorial.diffusion import GaussianDiffusion
 from ddpm_tutorial.predictor import NoisePredictor
 from ddpm_tutorial.settings import TrainConfig
@@ -22,3 +25,13 @@ def new_model(
 
 def weights(module: torch.nn.Module) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+def first_images(count: int) -> Callable[[str, str], ImageData]:
+    """In the place of ``load_fashion_mnist``: only the first images of a split."""
+
+    def load(split: str, source: str) -> ImageData:
+        data = load_fashion_mnist(split, source)
+        return data._replace(images=data.images[:count], labels=data.labels[:count])
+
+    return load

@@ -5,8 +5,8 @@ import json
 
 import pytest
 import torch
+from small_run import first_images
 
-from ddpm_tutorial.data import load_fashion_mnist
 from ddpm_tutorial.optimizer import Muon
 from experiments import ablation, choices, common
 
@@ -15,12 +15,8 @@ TINY = ["--data", "sample", "--num-train-steps", "2", "--batch-size", "8", "--ch
 
 @pytest.fixture(autouse=True)
 def _few_images(monkeypatch):
-    def few(split, source):
-        data = load_fashion_mnist(split, source)
-        return data._replace(images=data.images[:500], labels=data.labels[:500])
-
     for module in (ablation, choices):
-        monkeypatch.setattr(module, "load_fashion_mnist", few)
+        monkeypatch.setattr(module, "load_fashion_mnist", first_images(500))
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
+from small_run import first_images
 
-from ddpm_tutorial.data import load_fashion_mnist
 from experiments.benchmark import __main__ as benchmark
 from experiments.benchmark import peers, recipe
 
@@ -77,11 +77,7 @@ def test_quick_writes_a_complete_table_once(tmp_path, monkeypatch, capsys):
 
 
 def test_quick_recipe_times_both(tmp_path, monkeypatch):
-    def first(split, source):
-        data = load_fashion_mnist(split, source)
-        return data._replace(images=data.images[:500], labels=data.labels[:500])
-
-    monkeypatch.setattr(recipe, "load_fashion_mnist", first)
+    monkeypatch.setattr(recipe, "load_fashion_mnist", first_images(500))
     out = tmp_path / "recipe.json"
     assert benchmark.main(["--recipe", "--quick", "--seconds", "0.3", "--data", "sample", "--out", str(out)]) == 0
     result = json.loads(out.read_text())

@@ -792,30 +792,27 @@ def test_bad_input_of_evaluate_samples(trained, tmp_path, fails):
         assert told in fails(*arguments, "--samples", tmp_path / f"{name}.npz")
 
 
-def here(*arguments):
-    assert main([*map(str, arguments)]) == 0
-
-
-def test_an_empty_folder_is_asked_whether_a_file_can_be_written_in_it(trained, tmp_path, monkeypatch):
+def test_an_empty_folder_is_asked_whether_a_file_can_be_written_in_it(trained, tmp_path, monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(sample_command, "check_writable", asked.append)
     for name in ("new", "there"):
         (tmp_path / "there").mkdir(exist_ok=True)
         out = tmp_path / name
-        here("sample", "--checkpoint", trained, "--num-images", 1, "--num-inference-steps", 1, "--out", out)
+        done(capsys, "sample", "--checkpoint", trained, "--num-images", 1, "--num-inference-steps", 1, "--out", out)
     assert asked == [tmp_path / "new", tmp_path / "there" / "image.png"]
 
 
-def test_a_folder_called_sample_does_not_take_the_samples_place(tmp_path, monkeypatch):
+def test_a_folder_called_sample_does_not_take_the_samples_place(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("sample").mkdir()
-    here("train", "--out", "run", "--num-train-steps", 1, *SMALL)
+    done(capsys, "train", "--out", "run", "--num-train-steps", 1, *SMALL)
     assert json.loads(Path("run", "training.json").read_text())["run"]["data"] == "sample"
-    here("train", "--out", "run", "--resume", "--num-train-steps", 1)
+    done(capsys, "train", "--out", "run", "--resume", "--num-train-steps", 1)
 
 
 def test_one_image_has_no_standard_error(trained, tmp_path, capsys):
     out = tmp_path / "bits.json"
-    here("evaluate", "--checkpoint", trained, "--data", "sample", "--num-images", 1, "--num-steps", 2, "--out", out)
+    few = ("--data", "sample", "--num-images", 1, "--num-steps", 2)
+    told = done(capsys, "evaluate", "--checkpoint", trained, *few, "--out", out)
     found = json.loads(out.read_text(), parse_constant=pytest.fail)  # NaN is no JSON
-    assert found["bits_per_dim"]["total"]["standard_error"] is None and "±" not in capsys.readouterr().out
+    assert found["bits_per_dim"]["total"]["standard_error"] is None and "±" not in told

@@ -6,20 +6,15 @@ import re
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_run import first_images
 
 from ddpm_tutorial import metrics
-from ddpm_tutorial.data import load_fashion_mnist
 from ddpm_tutorial.predictor import NoisePredictor
 from experiments import emoji, gpu, guidance_sweep, ladder, ladder_flow, latents
 from experiments.benchmark import __main__ as benchmark
 from experiments.common import fingerprint
 
 TINY = ["--minutes", "0.1", "--device", "cpu", "--data", "sample", "--channels", "8", "--num-images", "100"]
-
-
-def few(split, source):
-    data = load_fashion_mnist(split, source)
-    return data._replace(images=data.images[:1000], labels=data.labels[:1000])
 
 
 @pytest.fixture
@@ -33,7 +28,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(guidance_sweep, "SETTINGS", guidance_sweep.SETTINGS[:1])
     monkeypatch.setattr(metrics, "REAL_SUBSETS", 2)
     for module in (ladder, guidance_sweep):
-        monkeypatch.setattr(module, "load_fashion_mnist", few)
+        monkeypatch.setattr(module, "load_fashion_mnist", first_images(1000))
     for module in (emoji, latents):
         name = module.__name__.split(".")[-1]
         monkeypatch.setattr(module, "run", lambda name=name, **options: asked.update({name: options}))

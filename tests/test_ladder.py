@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from small_run import first_images
 
 from ddpm_tutorial import metrics
 from ddpm_tutorial.data import load_fashion_mnist
@@ -20,10 +21,6 @@ N = 100  # the classifier has 96 features, and the distance needs more images th
 EACH = len(ladder.SOLVERS) - 1  # rows for a number of evaluations: σ² = β has one row alone, of all T steps
 
 
-def first(data, count=1000):
-    return data._replace(images=data.images[:count], labels=data.labels[:count])
-
-
 @pytest.fixture
 def small(monkeypatch):
     """A small untrained network with T = 12 and 1,000 training images; returns how to run the command on them."""
@@ -31,7 +28,7 @@ def small(monkeypatch):
     unet = UNet(channels=8, num_heads=1, patch_size=2, num_classes=10)
     model = NoisePredictor(unet, GaussianDiffusion.from_schedule("cosine", 12)).eval()
     monkeypatch.setattr(ladder.NoisePredictor, "from_pretrained", lambda folder: model)
-    monkeypatch.setattr(ladder, "load_fashion_mnist", lambda split, source: first(load_fashion_mnist(split, source)))
+    monkeypatch.setattr(ladder, "load_fashion_mnist", first_images(1000))
     monkeypatch.setattr(ladder, "EVALUATIONS", (3, 4, 12))
     monkeypatch.setattr(ladder, "AGAIN", ("Heun", 12))
     monkeypatch.setattr(ladder, "BATCH_SIZE", N)

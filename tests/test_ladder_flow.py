@@ -4,9 +4,9 @@ import json
 from functools import partial
 
 import torch
+from small_run import first_images
 
 from ddpm_tutorial import metrics
-from ddpm_tutorial.data import load_fashion_mnist
 from ddpm_tutorial.diffusion import GaussianDiffusion
 from ddpm_tutorial.flow import straight_beta_schedule
 from ddpm_tutorial.predictor import NoisePredictor
@@ -39,9 +39,7 @@ def test_two_networks_at_every_cost(tmp_path, monkeypatch):
         torch.manual_seed(seed)
         unet = UNet(channels=8, num_heads=1, patch_size=2, num_classes=10)
         NoisePredictor(unet, GaussianDiffusion.from_schedule("linear", 24), target).save_pretrained(tmp_path / target)
-    test = load_fashion_mnist("test", "sample")
-    few = test._replace(images=test.images[:1000], labels=test.labels[:1000])
-    monkeypatch.setattr(ladder, "load_fashion_mnist", lambda split, source: few)
+    monkeypatch.setattr(ladder, "load_fashion_mnist", first_images(1000))
     monkeypatch.setattr(ladder, "BATCH_SIZE", 100)
     monkeypatch.setattr(ladder_flow, "EVALUATIONS", (1, 3))
     monkeypatch.setattr(metrics, "REAL_SUBSETS", 2)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from small_run import CONFIG, new_model
+from small_run import CONFIG, first_images, new_model
 from torch.distributions import Normal, kl_divergence
 from torch.testing import assert_close
 
@@ -143,12 +143,8 @@ class Small(Autoencoder):
 
 @pytest.fixture
 def tiny(monkeypatch):
-    def few(split, source):
-        data = load_fashion_mnist(split, source)
-        return data._replace(images=data.images[:300], labels=data.labels[:300])
-
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
-    monkeypatch.setattr(experiment, "load_fashion_mnist", few)
+    monkeypatch.setattr(experiment, "load_fashion_mnist", first_images(300))
     monkeypatch.setattr(experiment, "Autoencoder", Small)
     monkeypatch.setattr(experiment, "shipped_config", lambda: {"channels": 8, "patch_size": 2, "num_classes": 10})
     monkeypatch.setattr(metrics, "REAL_SUBSETS", 2)

@@ -28,7 +28,7 @@ from ..checkpoint import (
     save_checkpoint,
     saved_step,
 )
-from ..data import SOURCE_VARIABLE, load_images, seeded_generator
+from ..data import NAMED_SOURCES, SOURCE_VARIABLE, load_images, seeded_generator
 from ..diffusion import GaussianDiffusion
 from ..files import locked, written_aside
 from ..guidance import classifier_free
@@ -88,7 +88,7 @@ def run(out: Path, resume: bool = False, **given) -> int:
     place.print(f"a U-Net of {size:.2f} million parameters on {place.num_processes} × {place.device.type}")
 
     # A folder is kept as an absolute path: --resume may be given in another one.
-    named = source in ("hub", "sample") or not os.path.isdir(source)
+    named = source in NAMED_SOURCES or not os.path.isdir(source)
     kept = asdict(run) | {"data": source if named else os.path.abspath(source)}
     with _signals() as stopped:  # finish the step, write a checkpoint, then stop
         last = train_to_folder(
