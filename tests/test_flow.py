@@ -117,5 +117,3 @@ def test_a_flow_learns_the_mixture():
                            clip_denoised=False, generator=seeded(2))  # fmt: skip
     assert_close(last.x_t.mean(0), MIXTURE.weights @ MIXTURE.means, rtol=0, atol=0.08)
     assert_close(last.x_t.std(0), MIXTURE.sample(100_000, seeded(3)).std(0), rtol=0.06, atol=0)
-
-

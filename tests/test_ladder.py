@@ -83,7 +83,7 @@ def test_a_row_is_drawn_with_other_seeds(small, tmp_path, monkeypatch):
     assert "other_seeds" not in json.loads((tmp_path / "a.json").read_text())
     drawn.clear()
     assert small(tmp_path / "a.json", "--max-evaluations", 4) == 0
-    images = [row[0] for row in drawn[EACH :]]
+    images = [row[0] for row in drawn[EACH:]]
     assert len({image.numpy().tobytes() for image in images}) == 3
     other = json.loads((tmp_path / "a.json").read_text())["other_seeds"]
     assert (other["sampler"], other["allowed"], other["number"]) == ("Heun", 4, 3)

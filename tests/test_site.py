@@ -58,11 +58,14 @@ THROUGH = """async () => {
     document.querySelectorAll("details").forEach(d => d.open = true);
     for (let y = 0; y < document.body.scrollHeight; y += innerHeight) {
         scrollTo({top: y, behavior: "instant"});
-        await new Promise(requestAnimationFrame);
+        await new Promise(done => { requestAnimationFrame(done); setTimeout(done, 500); });
     }
     const images = [...document.images];
     images.forEach(i => i.loading = "eager");  // one that no scrolling shows would be waited for without end
-    await Promise.all(images.map(i => i.complete || new Promise(done => i.onload = i.onerror = done)));
+    await Promise.all(images.map(i => i.complete || new Promise(done => {
+        i.onload = i.onerror = done;
+        setTimeout(done, 30_000);
+    })));
     return images.filter(i => !i.naturalWidth).map(i => i.src);
 }"""
 

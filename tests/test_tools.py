@@ -1,8 +1,12 @@
 """What contributors run on the book: the checks, and those of portability."""
 
+import re
 import runpy
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
@@ -38,3 +42,25 @@ def test_the_site_is_looked_at_when_it_is_built(monkeypatch, stages, lanes):
     monkeypatch.setattr(check, "run_stages", lambda stages, say: ran.append(stages) or {})
     monkeypatch.setattr("sys.argv", ["check.py", *stages])
     assert check.main() == 0 and sorted(ran) == sorted(lanes)
+
+
+LEAVES_A_CHILD = """import subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+print(child.pid, "1 passed", flush=True)
+{}"""
+
+
+@pytest.mark.parametrize("end, limit, passed, closing", [
+    ("", 30, True, r"\d+ 1 passed"), ("child.wait()", 3, False, "stopped: not done after 0 minutes"),
+])  # fmt: skip
+def test_a_command_is_not_waited_for_without_end(monkeypatch, end, limit, passed, closing):
+    """Neither for one that hangs, nor for what one leaves behind; and what was begun by one that hangs is ended."""
+    monkeypatch.setattr(check, "LIMIT", limit)
+    monkeypatch.setattr(check, "LAST_WORDS", 1)
+    said, began = [], time.perf_counter()
+    result = check.run([sys.executable, "-c", LEAVES_A_CHILD.format(end)], {}, said.append)
+    assert result[0] == passed and re.fullmatch(closing, result[1]) and time.perf_counter() - began < 20
+    child = psutil.Process(int(said[0].split()[0])) if psutil.pid_exists(int(said[0].split()[0])) else None
+    assert (child is not None and child.is_running() and child.status() != psutil.STATUS_ZOMBIE) == passed
+    if passed:
+        child.kill()

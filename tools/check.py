@@ -7,21 +7,27 @@ processor's cores: one process a core, one thread each. ``portable`` is ``notebo
 machine can play them: other instruction sets, numbers of threads, and roundings.
 """
 
+import contextlib
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).parents[1]
 BUILD, SITE = ROOT / "_build", ROOT / "_build" / "html" / "index.html"
 BIN, PYTHON = Path(sys.executable).parent, sys.executable
 CORES = os.cpu_count() or 1
+LIMIT = 30 * 60  # seconds for one command; a slow machine takes a third of this
+LAST_WORDS = 10  # seconds for what an ended command has said
 # Nothing here needs the hub, and a look at it should fail at once; files are UTF-8, on Windows too; the last silences a
 # warning of the debugger.
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
@@ -81,7 +87,7 @@ def commands(stage: str) -> list[tuple[str, dict[str, str], list[str]]]:
         case "notebooks":
             return [("", one_thread, nbval())]
         case "site":
-            return [("", {}, pytest("worksteal", "-rs", *IN_A_BROWSER))]
+            return [("", {}, pytest("worksteal", "-rs", "--timeout=300", *IN_A_BROWSER))]
         case "portable":
             return [
                 (f"{name}, {threads} thread{'s' * (threads > 1)}", variables | {"OMP_NUM_THREADS": str(threads)},
@@ -99,17 +105,35 @@ def commands(stage: str) -> list[tuple[str, dict[str, str], list[str]]]:
 
 
 def run(command: list[str], variables: dict[str, str], say: Callable[[str], None]) -> tuple[bool, str]:
-    """Run one command; returns whether it passed, and the runner's own closing line, if it has one."""
+    """Run one command; returns whether it passed, and the runner's own closing line, if it has one.
+
+    A command that does not end within LIMIT is ended, with all that it began, and has failed.
+    """
     process = subprocess.Popen(
         command, cwd=ROOT, env=ENVIRONMENT | variables, text=True, encoding="utf-8", errors="replace",
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     closing = ""
-    for line in process.stdout:
-        say(line)
-        if re.search(r"\d+ (passed|failed|error)", line):
-            closing = line.strip(" =\n")
-    return process.wait() == 0, closing
+
+    def read() -> None:
+        nonlocal closing
+        for line in process.stdout:
+            say(line)
+            if re.search(r"\d+ (passed|failed|error)", line):
+                closing = line.strip(" =\n")
+
+    # In a thread: whatever a command leaves behind holds its output open, and reading would wait for that.
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    try:
+        status = process.wait(LIMIT)
+    except subprocess.TimeoutExpired:
+        status, closing = None, f"stopped: not done after {LIMIT / 60:.0f} minutes"
+        for running in (*psutil.Process(process.pid).children(recursive=True), process):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                running.kill()
+    reader.join(LAST_WORDS)
+    return status == 0, closing
 
 
 def run_stages(stages: list[str], say: Callable[[str], None]) -> dict[str, tuple[bool, float, str]]:

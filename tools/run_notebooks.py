@@ -29,9 +29,7 @@ def run(path: Path) -> tuple[nbformat.NotebookNode, float]:
     began = time.perf_counter()
     notebook = nbformat.read(path, as_version=4)
     resources = {"metadata": {"path": str(BOOK)}}
-    NotebookClient(
-        notebook, timeout=SECONDS, resources=resources, record_timing=False, coalesce_streams=True
-    ).execute()
+    NotebookClient(notebook, timeout=SECONDS, resources=resources, record_timing=False, coalesce_streams=True).execute()
     notebook.metadata["language_info"] = {"name": "python"}  # no version, so that a run changes outputs only
     return notebook, time.perf_counter() - began
 
