@@ -58,9 +58,10 @@ def draw_chain(model: NoisePredictor, labels: Tensor, *options, **named) -> list
 
 
 def _progress(model: NoisePredictor, labels: Tensor) -> tqdm:
-    """A bar that counts, for each image, the timesteps from T down to 0: it moves with every step of a sampler."""
+    """A bar that counts, for each image, the timesteps from T down to 0: it moves with every step of a sampler.
+    These take more timesteps now and fewer then, so the time left is told from the mean pace."""
     return tqdm(
-        total=len(labels) * model.diffusion.num_timesteps, desc=f"{len(labels)} images", mininterval=1,
+        total=len(labels) * model.diffusion.num_timesteps, desc=f"{len(labels)} images", mininterval=1, smoothing=0,
         bar_format="{l_bar}{bar}| {elapsed}<{remaining}",
     )  # fmt: skip
 

@@ -166,7 +166,7 @@ def test_a_closed_terminal_ends_a_run_as_ctrl_c_does(tmp_path, capsys, monkeypat
 @posix
 def test_two_processes_are_one_run(tmp_path):
     """accelerate launch, stopped by SIGTERM, then torchrun --resume: the losses and weights of one process alone."""
-    steps = 60
+    steps = 32
     options = [*SMALL[:-1], 1, "--num-train-steps", steps, "--checkpoint-every", 8]
     one, two = tmp_path / "one", tmp_path / "two"
     assert main([str(a) for a in ("train", "--out", one, *options)]) == 0
