@@ -31,6 +31,7 @@ def small(monkeypatch):
     monkeypatch.setattr(ladder, "load_fashion_mnist", first_images(1000))
     monkeypatch.setattr(ladder, "EVALUATIONS", (3, 4, 12))
     monkeypatch.setattr(ladder, "AGAIN", ("Heun", 12))
+    monkeypatch.setattr(ladder, "NUM_SEEDS", 2)
     monkeypatch.setattr(ladder, "BATCH_SIZE", N)
     monkeypatch.setattr(metrics, "REAL_SUBSETS", 3)
 

@@ -31,9 +31,16 @@ LAST_WORDS = 10  # seconds for what an ended command has said
 # Nothing here needs the hub, and a look at it should fail at once; files are UTF-8, on Windows too; the last silences a
 # warning of the debugger.
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
-NOTEBOOKS = sorted(map(str, (ROOT / "book").glob("*.ipynb")))
+NOTEBOOKS = sorted((ROOT / "book").glob("*.ipynb"))
+SLOWEST = ("05", "04", "09", "11", "08", "12", "03", "troubleshooting")  # the rest takes less than 30 s each
 IN_A_BROWSER = ["tests/test_site.py", "tests/test_live.py"]  # these look at what is built
 CACHE = BUILD / ".jupyter_cache"  # where Jupyter Book looks for outputs
+
+
+def slowest_first(notebooks: list[Path]) -> list[Path]:
+    """In the order in which to begin them, so that no core is idle in the end."""
+    places = {name: place for place, name in enumerate(SLOWEST)}
+    return sorted(notebooks, key=lambda path: places.get(path.stem.split("_")[0], len(places)))
 
 
 def pytest(distribution: str, *arguments: str, workers: int = min(CORES, 8)) -> list[str]:
@@ -41,12 +48,9 @@ def pytest(distribution: str, *arguments: str, workers: int = min(CORES, 8)) -> 
     return [PYTHON, "-m", "pytest", "--color=no", *workers, *arguments]
 
 
-def tests(*arguments: str) -> list[str]:
-    return pytest("worksteal", "-p", "no:nbval", *arguments)  # two seconds sooner in each process
-
-
 def nbval(workers: int = min(CORES, 8)) -> list[str]:
-    return pytest("loadfile", "--nbval", "--nbval-cell-timeout=600", *NOTEBOOKS, workers=workers)
+    options = ["--no-loadscope-reorder", "--nbval", "--nbval-cell-timeout=600"]
+    return pytest("loadfile", *options, *map(str, slowest_first(NOTEBOOKS)), workers=workers)
 
 
 def jupyter_book(execution: str) -> list[str]:
@@ -87,11 +91,11 @@ def commands(stage: str) -> list[tuple[str, dict[str, str], list[str]]]:
             return [("", {}, [str(BIN / "ruff"), "check", "--quiet", str(ROOT)])]
         case "tests":
             others = [f"--ignore={file}" for file in IN_A_BROWSER]
-            return [("", one_thread, tests("tests", *others))]
+            return [("", one_thread, pytest("worksteal", "tests", *others))]
         case "notebooks":
             return [("", one_thread, nbval())]
         case "site":
-            return [("", one_thread, tests("-rs", "--timeout=300", *IN_A_BROWSER))]
+            return [("", one_thread, pytest("worksteal", "-rs", "--timeout=300", *IN_A_BROWSER))]
         case "portable":
             return [
                 (f"{name}, {threads} thread{'s' * (threads > 1)}", variables | {"OMP_NUM_THREADS": str(threads)},

@@ -14,12 +14,12 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import nbformat
+from check import slowest_first
 from jupyter_cache import get_cache
 from jupyter_cache.base import CacheBundleIn
 from nbclient import NotebookClient
 
 BOOK = Path(__file__).parents[1] / "book"
-SLOWEST = ("05", "11", "04")  # the chapters to begin with, so that no core is idle in the end
 SECONDS = 600  # for one cell; a busy machine takes several times as long as an idle one
 os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # a warning of the kernel's debugger
 
@@ -42,7 +42,7 @@ def main() -> int:
     paths = [path for path in BOOK.glob("*.ipynb") if path.name.startswith(tuple(args.chapters))]
     if not paths:
         sys.exit(f"no chapter in {BOOK} begins with any of {args.chapters}")
-    paths.sort(key=lambda path: (not path.name.startswith(SLOWEST), path.name))
+    paths = slowest_first(sorted(paths))
     cache = args.cache and get_cache(args.cache)
     cores = os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // len(paths))))
