@@ -191,7 +191,7 @@ class GaussianDiffusion(nn.Module):
     # ---------------------------------------------------------------------------------- the forward process
     def q_step(self, x_prev: Tensor, t: int | Tensor, noise: Tensor) -> Tensor:
         """One step x_{t−1} → x_t = √(1 − β_t) x_{t−1} + √β_t ε (DDPM eq. 2). Shapes (B, …)."""
-        _same_shape("x_prev", x_prev, "noise", noise)
+        check_same_shape("x_prev", x_prev, "noise", noise)
         return self.at(self.alphas, t, x_prev).sqrt() * x_prev + self.at(self.betas, t, x_prev).sqrt() * noise
 
     def q_chain(self, x_0: Tensor, generator: torch.Generator | None = None):
@@ -204,7 +204,7 @@ class GaussianDiffusion(nn.Module):
 
     def q_sample(self, x_0: Tensor, t: int | Tensor, noise: Tensor) -> Tensor:
         """x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε in one jump (DDPM eq. 4). t in 0 … T; shapes (B, …)."""
-        _same_shape("x_0", x_0, "noise", noise)
+        check_same_shape("x_0", x_0, "noise", noise)
         signal = self.at(self.sqrt_alphas_cumprod, t, x_0, first=0)
         return signal * x_0 + self.at(self.sqrt_one_minus_alphas_cumprod, t, x_0, first=0) * noise
 
@@ -213,20 +213,20 @@ class GaussianDiffusion(nn.Module):
 
         The variance broadcasts against x_t; at t = 1 it is 0 and the mean is x_0.
         """
-        _same_shape("x_0", x_0, "x_t", x_t)
+        check_same_shape("x_0", x_0, "x_t", x_t)
         mean = self.at(self.posterior_mean_coef_x0, t, x_t) * x_0 + self.at(self.posterior_mean_coef_xt, t, x_t) * x_t
         return mean, self.at(self.posterior_variance, t, x_t)
 
     # ------------------------------------------------------------------------------------ x_0 and noise
     def predict_x0(self, x_t: Tensor, t: int | Tensor, noise: Tensor) -> Tensor:
         """The x_0 that gives x_t with this noise: (x_t − √(1 − ᾱ_t) ε) / √ᾱ_t (DDPM eq. 15). Shapes (B, …)."""
-        _same_shape("x_t", x_t, "noise", noise)
+        check_same_shape("x_t", x_t, "noise", noise)
         noisy = self.at(self.sqrt_one_minus_alphas_cumprod, t, x_t) * noise
         return (x_t - noisy) / self.at(self.sqrt_alphas_cumprod, t, x_t)
 
     def predict_noise(self, x_t: Tensor, t: int | Tensor, x_0: Tensor) -> Tensor:
         """The noise that gives x_t from this x_0: (x_t − √ᾱ_t x_0) / √(1 − ᾱ_t). Shapes (B, …)."""
-        _same_shape("x_t", x_t, "x_0", x_0)
+        check_same_shape("x_t", x_t, "x_0", x_0)
         clean = self.at(self.sqrt_alphas_cumprod, t, x_t) * x_0
         return (x_t - clean) / self.at(self.sqrt_one_minus_alphas_cumprod, t, x_t)
 
@@ -236,37 +236,37 @@ class GaussianDiffusion(nn.Module):
 
     def mean_from_noise(self, x_t: Tensor, t: int | Tensor, noise: Tensor) -> Tensor:
         """μ̃_t(x_t, x_0) written with the noise: (x_t − β_t/√(1 − ᾱ_t) ε) / √α_t (DDPM eq. 11). Shapes (B, …)."""
-        _same_shape("x_t", x_t, "noise", noise)
+        check_same_shape("x_t", x_t, "noise", noise)
         scale = self.at(self.betas, t, x_t) / self.at(self.sqrt_one_minus_alphas_cumprod, t, x_t)
         return (x_t - scale * noise) / self.at(self.alphas, t, x_t).sqrt()
 
     def noise_from_mean(self, x_t: Tensor, t: int | Tensor, mean: Tensor) -> Tensor:
         """The noise for which ``mean_from_noise`` gives this mean: (x_t − √α_t μ) √(1 − ᾱ_t)/β_t. Shapes (B, …)."""
-        _same_shape("x_t", x_t, "mean", mean)
+        check_same_shape("x_t", x_t, "mean", mean)
         scale = self.at(self.betas, t, x_t) / self.at(self.sqrt_one_minus_alphas_cumprod, t, x_t)
         return (x_t - self.at(self.alphas, t, x_t).sqrt() * mean) / scale
 
     def predict_v(self, x_0: Tensor, t: int | Tensor, noise: Tensor) -> Tensor:
         """v = √ᾱ_t ε − √(1 − ᾱ_t) x_0 (Salimans, Ho, 2022, arXiv:2202.00512). Shapes (B, …)."""
-        _same_shape("x_0", x_0, "noise", noise)
+        check_same_shape("x_0", x_0, "noise", noise)
         clean = self.at(self.sqrt_one_minus_alphas_cumprod, t, x_0) * x_0
         return self.at(self.sqrt_alphas_cumprod, t, x_0) * noise - clean
 
     def x0_from_v(self, x_t: Tensor, t: int | Tensor, v: Tensor) -> Tensor:
         """x_0 = √ᾱ_t x_t − √(1 − ᾱ_t) v: no division, so no error grows. Shapes (B, …)."""
-        _same_shape("x_t", x_t, "v", v)
+        check_same_shape("x_t", x_t, "v", v)
         turned = self.at(self.sqrt_one_minus_alphas_cumprod, t, x_t) * v
         return self.at(self.sqrt_alphas_cumprod, t, x_t) * x_t - turned
 
     def noise_from_v(self, x_t: Tensor, t: int | Tensor, v: Tensor) -> Tensor:
         """ε = √(1 − ᾱ_t) x_t + √ᾱ_t v. Shapes (B, …)."""
-        _same_shape("x_t", x_t, "v", v)
+        check_same_shape("x_t", x_t, "v", v)
         turned = self.at(self.sqrt_alphas_cumprod, t, x_t) * v
         return self.at(self.sqrt_one_minus_alphas_cumprod, t, x_t) * x_t + turned
 
     def noise_from_velocity(self, x_t: Tensor, t: int | Tensor, velocity: Tensor) -> Tensor:
         """ε from the straight path's velocity ε − x_0: (x_t + √ᾱ_t · velocity)/(√ᾱ_t + √(1 − ᾱ_t)). Shapes (B, …)."""
-        _same_shape("x_t", x_t, "velocity", velocity)
+        check_same_shape("x_t", x_t, "velocity", velocity)
         clean = self.at(self.sqrt_alphas_cumprod, t, x_t)
         return (x_t + clean * velocity) / (clean + self.at(self.sqrt_one_minus_alphas_cumprod, t, x_t))
 
@@ -292,7 +292,8 @@ def randn_like(x: Tensor, generator: torch.Generator | Sequence[torch.Generator]
     return torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
 
 
-def _same_shape(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
+def check_same_shape(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
+    """ValueError where two tensors are not floats of one shape: another would be stretched to fit, unseen."""
     check_floats(**{name_a: a, name_b: b})
     if a.shape != b.shape:
         raise ValueError(f"{name_a} and {name_b} must have one shape, got {tuple(a.shape)} and {tuple(b.shape)}")

@@ -5,7 +5,15 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .diffusion import GaussianDiffusion, asking, check_counts, check_diffusion, check_floats, randn_like
+from .diffusion import (
+    GaussianDiffusion,
+    asking,
+    check_counts,
+    check_diffusion,
+    check_floats,
+    check_same_shape,
+    randn_like,
+)
 from .guidance import NoiseModel
 from .sampling import SampleStep, checked_at_the_call
 
@@ -96,6 +104,7 @@ def add_noise(diffusion: GaussianDiffusion, x_earlier: Tensor, earlier: int, t: 
     t' + 1 … t of DDPM eq. 2 together. 0 ≤ t' ≤ t; from t' = 0 it is ``q_sample``. Shapes (B, …)."""
     if not 0 <= earlier <= t:
         raise ValueError(f"noise is added from an earlier time up to t, so 0 ≤ earlier ≤ t; got {earlier} and t = {t}")
+    check_same_shape("x_earlier", x_earlier, "noise", noise)
     table = diffusion.alphas_cumprod
     kept = diffusion.at(table, t, x_earlier, first=0) / diffusion.at(table, earlier, x_earlier, first=0)  # ᾱ_t/ᾱ_t'
     return kept.sqrt() * x_earlier + (1 - kept).sqrt() * noise

@@ -136,8 +136,9 @@ class NoisyClassifier(nn.Module, Pretrained):
     def __init__(self, in_channels: int = 1, num_classes: int = 10, channels: int = 32, image_size: int = 28):
         super().__init__()
         check_counts(in_channels=in_channels, num_classes=num_classes, channels=channels, image_size=image_size)
-        if image_size % 4:
-            raise ValueError(f"image_size must be a positive multiple of 4, got {image_size}")
+        if image_size % 4 or channels % 2:
+            wanted = "image_size must be a multiple of 4 and channels of 2"
+            raise ValueError(f"{wanted}, got {image_size} and {channels}")
         self.config = {
             "in_channels": in_channels, "num_classes": num_classes, "channels": channels, "image_size": image_size
         }  # fmt: skip

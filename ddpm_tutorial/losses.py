@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .diffusion import TARGETS, GaussianDiffusion
+from .diffusion import TARGETS, GaussianDiffusion, check_same_shape
 
 LOSSES = {"l2": F.mse_loss, "l1": F.l1_loss, "huber": F.smooth_l1_loss}
 
@@ -16,7 +16,7 @@ def simple_loss(output: Tensor, wanted: Tensor, kind: str = "l2") -> Tensor:
     """
     if kind not in LOSSES:
         raise ValueError(f"unknown loss {kind!r}; the known ones are {', '.join(LOSSES)}")
-    _same_shape(output, wanted)
+    check_same_shape("output", output, "wanted", wanted)
     return LOSSES[kind](output, wanted)
 
 
@@ -46,7 +46,7 @@ def weighted_noise_loss(pred_noise: Tensor, noise: Tensor, weight: Tensor) -> Te
     """Mean over the batch of weight · (mean over the item of |ε − ε_θ|²); weight 1 is L_simple. (B, …), (B, …), (B,)
     in, a scalar out. ``weight`` is a table of this module read at the batch's t, such as ``vlb_weights(diffusion)[t]``.
     """
-    _same_shape(pred_noise, noise)
+    check_same_shape("pred_noise", pred_noise, "noise", noise)
     if weight.shape != noise.shape[:1]:
         raise ValueError(f"weight must be ({noise.shape[0]},), one per item, got {tuple(weight.shape)}")
     return (weight * (pred_noise - noise).square().flatten(1).mean(dim=1)).mean()
@@ -77,10 +77,3 @@ def min_snr_weights(diffusion: GaussianDiffusion, gamma: float = 5.0) -> Tensor:
         raise ValueError(f"gamma must be positive, got {gamma}")
     snr_inverse = (diffusion.sqrt_one_minus_alphas_cumprod / diffusion.sqrt_alphas_cumprod) ** 2
     return (gamma * snr_inverse).clamp(max=1)
-
-
-def _same_shape(pred_noise: Tensor, noise: Tensor) -> None:
-    if pred_noise.shape != noise.shape:
-        raise ValueError(
-            f"prediction and noise must have one shape, got {tuple(pred_noise.shape)} and {tuple(noise.shape)}"
-        )

@@ -43,6 +43,7 @@ from .common import fingerprint, machine, outcome, parsed_for_device
 SUBSETS = (100, 1000, 1911)  # how many emoji the three runs without words see
 MEMORY_SHARE = 1 / 3  # their steps over those of the network that ships
 RESERVE = 0.8  # of the time that is left after compiling, for the steps; the rest is for drawing samples
+OPTIONS_FILE = "options.json"  # what all runs of a folder have in common
 QUANTILES = (5, 25, 50, 75, 95)  # in percent
 SHOWN = ("red heart", "green heart", "blue apple", "cat face", "smiling face with tears", "person running", "flag", "")
 
@@ -113,12 +114,20 @@ def memory_rows(samples: dict[str, Tensor], images: Tensor, batch_size: int) -> 
     return rows
 
 
-def begun(out: Path) -> int | None:
-    """The steps of the network that ships, where it is there: the other runs then have theirs of them."""
-    if not (out / "words.npz").exists():
-        return None
-    with np.load(out / "words.npz") as file:
-        return next(int(name.split("-")[2]) for name in file.files if name.startswith("words"))
+def begun(out: Path) -> dict:
+    """The options that the runs in a folder have, {} where none was begun."""
+    file = out / OPTIONS_FILE
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def begin(out: Path, options: dict) -> None:
+    """The runs of a folder are compared: ValueError where others were begun there with other options."""
+    before = begun(out) or options
+    other = [f"{name} {before.get(name)}, not {new}" for name, new in options.items() if before.get(name) != new]
+    if other:
+        raise ValueError(f"{out} was begun with {'; '.join(other)}: choose another --out, or its options")
+    with written_aside(out / OPTIONS_FILE) as aside:
+        aside.write_text(json.dumps(options), encoding="utf-8")
 
 
 def run(minutes: float | None, num_train_steps: int | None, out: Path, channels: int, batch_size: int, num_samples: int,
@@ -126,7 +135,7 @@ def run(minutes: float | None, num_train_steps: int | None, out: Path, channels:
     began = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     emoji = load_emoji()
-    fast, num_train_steps = cuda or compile, num_train_steps or begun(out)
+    fast, num_train_steps = cuda or compile, num_train_steps or begun(out).get("steps")
     options = {"batch_size": batch_size, "precision": "bf16" if fast else "no", "compile": fast}
     if num_train_steps is None:
         probe, config = network(emoji.vocabulary, channels), TrainConfig(ENDLESS, **options)
@@ -136,6 +145,7 @@ def run(minutes: float | None, num_train_steps: int | None, out: Path, channels:
         num_train_steps = max(1, int(left / each / (1 + MEMORY_SHARE * len(SUBSETS))))
         print(f"{each * 1000:.1f} ms a step, {num_train_steps} steps", flush=True)
     options["warmup_steps"] = min(TrainConfig().warmup_steps, num_train_steps // 10)
+    begin(out, {"steps": num_train_steps, "channels": channels, "num_samples": num_samples} | options)
 
     settings = {"steps": num_train_steps, "batch_size": batch_size, "options": options}
     if only != "memory":

@@ -282,6 +282,8 @@ def test_add_noise_is_the_forward_steps_together(diffusion):
     for s, t in ((5, 4), (-1, 4)):
         with pytest.raises(ValueError, match=f"got {s} and t = {t}"):
             add_noise(diffusion, ones, s, t, zeros)
+    with pytest.raises(ValueError, match=r"one shape, got \(1, 1\) and \(2, 1\)"):
+        add_noise(diffusion, ones, 0, 4, torch.zeros(2, 1))
 
 
 def test_the_same_generators_give_the_same_completion(diffusion):

@@ -293,8 +293,9 @@ def test_noisy_classifier_refuses_images_of_another_size():
         NoisyClassifier()(torch.zeros(2, 1, 32, 32), torch.tensor([1, 2]))
     with pytest.raises(ValueError, match=r"got \(2, 1, 28, 28\) and \(1,\)"):
         NoisyClassifier()(torch.zeros(2, 1, 28, 28), torch.tensor([1]))
-    with pytest.raises(ValueError, match="multiple of 4, got 30"):
-        NoisyClassifier(image_size=30)
+    for options, got in (({"image_size": 30}, "30 and 32"), ({"channels": 31}, "28 and 31")):
+        with pytest.raises(ValueError, match=f"multiple of 4 and channels of 2, got {got}"):
+            NoisyClassifier(**options)
     for options in ({"image_size": 0}, {"channels": 0}, {"num_classes": -1}, {"in_channels": 1.5}):
         with pytest.raises(ValueError, match=f"{next(iter(options))} must be an integer of at least 1"):
             NoisyClassifier(**options)

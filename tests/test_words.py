@@ -206,7 +206,7 @@ def test_copies_are_told_from_new_images():
     assert rows[3]["copies"] < 0.3 and abs(rows[3]["q50"] - rows[2]["q50"]) < 8
 
 
-def test_the_experiment_leaves_weights_and_samples(tmp_path, monkeypatch):
+def test_the_experiment_leaves_weights_and_samples(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     monkeypatch.setattr(experiment, "SUBSETS", (4, 1911))
     monkeypatch.setattr(experiment, "SHOWN", ("red heart",))
@@ -235,4 +235,8 @@ def test_the_experiment_leaves_weights_and_samples(tmp_path, monkeypatch):
     options[:2] = ["--minutes", "1"]
     assert experiment.main(["--out", str(out), "--device", "cpu", "--only", "memory", *options]) == 0
     assert set(np.load(out / "4.npz")) == {"seconds", *(f"plain-4-{step}" for step in (1, 2, 4))}
+
+    options[options.index("--channels") + 1] = "16"
+    assert experiment.main(["--out", str(out), "--device", "cpu", *options]) == 2
+    assert "was begun with channels 8, not 16: choose" in capsys.readouterr().err
     assert (out / "model.safetensors").stat().st_mtime_ns == weights
