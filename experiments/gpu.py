@@ -1,6 +1,7 @@
 """Ten minutes of a GPU: python -m experiments.gpu --minutes 9 --out FOLDER [--data SOURCE] [--only PART...].
 
-Makes all weights of the book, then tables of them. The parts come in the order of their worth, and each may take its
+Makes the weights of all diffusions of the book and of the autoencoder, then tables of them (the classifiers' come from
+``experiments.classifiers``). The parts come in the order of their worth, and each may take its
 share of the time that is left:
 
 - ``shipped``: the shipped recipe, in bf16 and compiled, in FOLDER/shipped; what ships of it in FOLDER/weights

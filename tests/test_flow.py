@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from ddpm_tutorial.diffusion import GaussianDiffusion, cosine_beta_schedule
+from ddpm_tutorial.diffusion import SCHEDULES, GaussianDiffusion, cosine_beta_schedule
 from ddpm_tutorial.flow import (
     noise_model_of,
     path_times,
@@ -95,6 +95,20 @@ def test_eulers_method_on_the_path_is_ddim(num_steps):
             x_u = x_u + (times[t_next] - times[t]) * velocity(x_u, t)
     *_, last = sample_ddim(model, diffusion, x_T.shape, num_inference_steps=num_steps, clip_denoised=False, x_T=x_T)
     assert_close(x_u, last.x_t, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("betas", [straight_beta_schedule(200), *(of(200) for of in SCHEDULES.values())])
+@pytest.mark.parametrize("spacing", ["t", "u"])
+def test_it_is_ddim_with_any_schedule_and_walk(betas, spacing):
+    diffusion = GaussianDiffusion(betas)
+    model, x_T = MIXTURE.noise_model(diffusion), torch.randn(50, 2, generator=seeded())
+    times, scale = path_times(diffusion)
+    velocity, x_u, t = velocity_of(model, diffusion), x_T / scale[-1], 200
+    options = {"num_inference_steps": 9, "clip_denoised": False, "x_T": x_T, "spacing": spacing}
+    for step in sample_ddim(model, diffusion, x_T.shape, **options):
+        x_u, t = x_u + (times[step.t] - times[t]) * velocity(x_u, t), step.t
+    assert t == 0
+    assert_close(x_u, step.x_t, rtol=0, atol=1e-4)
 
 
 def test_training_for_velocity_draws_the_paths_time_evenly():
