@@ -30,7 +30,7 @@ DEFAULTS = {"num_images": 1000, "seed": 0, "max_evaluations": None}
 EVALUATIONS = (5, 10, 20, 50, 100, 250, 1000)  # of the network, for each image
 BATCH_SIZE = 1000
 # The cheap rows again with many images, where the whole ladder was made with few.
-CHEAP = ["--num-images", "1000", "--max-evaluations", "20", "--out", str(RESULTS_FOLDER / "ladder-1000.json")]
+CHEAP = ["--num-images", "1000", "--max-evaluations", "100", "--out", str(RESULTS_FOLDER / "ladder-1000.json")]
 ALL_STEPS = "DDPM, σ² = β"  # takes all timesteps, or none
 SOLVERS = {
     "DDIM, η = 0": partial(sample_ddim, eta=0.0),
