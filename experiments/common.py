@@ -117,6 +117,11 @@ def read_result(out: Path) -> dict:
     return result
 
 
+def differences(before: dict, now: dict) -> str:
+    """In words, the settings of ``now`` that were others ``before``; "" where none was."""
+    return "; ".join(f"{name} {before.get(name)}, not {now[name]}" for name in now if before.get(name) != now[name])
+
+
 class Table:
     """A file of results, made row by row: a row for each of the ``jobs``, which says what it is about. Rows that are
     there are kept, a new one is written at once.
@@ -135,10 +140,8 @@ class Table:
         if before:
             self.missing = [job for job in jobs if not any(job.items() <= row.items() for row in before["rows"])]
             names = [name for name in settings if name != "device" or self.missing]
-            changed = [f"{name} {before['settings'].get(name)}, not {settings[name]}" for name in names
-                       if before["settings"].get(name) != settings[name]]  # fmt: skip
-            if changed:
-                raise ValueError(f"{out} was made with {'; '.join(changed)}: delete it, or choose another --out")
+            if changed := differences(before["settings"], {name: settings[name] for name in names}):
+                raise ValueError(f"{out} was made with {changed}: delete it, or choose another --out")
         if self.missing or not jobs:
             device = torch.device(settings.get("device", "cpu"))
             self.result = {"rows": [], **before, "settings": settings, "command": command, "machine": machine(device)}

@@ -38,7 +38,7 @@ from ddpm_tutorial.unet import UNet
 from ddpm_tutorial.words import Emoji, captions_of, load_emoji
 
 from .benchmark.measure import ENDLESS, pace
-from .common import fingerprint, machine, outcome, parsed_for_device
+from .common import differences, fingerprint, machine, outcome, parsed_for_device
 
 SUBSETS = (100, 1000, 1911)  # how many emoji the three runs without words see
 MEMORY_SHARE = 1 / 3  # their steps over those of the network that ships
@@ -122,10 +122,8 @@ def begun(out: Path) -> dict:
 
 def begin(out: Path, options: dict) -> None:
     """The runs of a folder are compared: ValueError where others were begun there with other options."""
-    before = begun(out) or options
-    other = [f"{name} {before.get(name)}, not {new}" for name, new in options.items() if before.get(name) != new]
-    if other:
-        raise ValueError(f"{out} was begun with {'; '.join(other)}: choose another --out, or its options")
+    if other := differences(begun(out) or options, options):
+        raise ValueError(f"{out} was begun with {other}: choose another --out, or its options")
     with written_aside(out / OPTIONS_FILE) as aside:
         aside.write_text(json.dumps(options), encoding="utf-8")
 
@@ -144,8 +142,8 @@ def run(minutes: float | None, num_train_steps: int | None, out: Path, channels:
         left = RESERVE * (60 * minutes - (time.perf_counter() - began))
         num_train_steps = max(1, int(left / each / (1 + MEMORY_SHARE * len(SUBSETS))))
         print(f"{each * 1000:.1f} ms a step, {num_train_steps} steps", flush=True)
-    options["warmup_steps"] = min(TrainConfig().warmup_steps, num_train_steps // 10)
     begin(out, {"steps": num_train_steps, "channels": channels, "num_samples": num_samples} | options)
+    options["warmup_steps"] = min(TrainConfig().warmup_steps, num_train_steps // 10)
 
     settings = {"steps": num_train_steps, "batch_size": batch_size, "options": options}
     if only != "memory":

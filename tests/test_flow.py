@@ -17,7 +17,7 @@ from ddpm_tutorial.flow import (
 from ddpm_tutorial.guidance import classifier_free
 from ddpm_tutorial.losses import timestep_probabilities
 from ddpm_tutorial.predictor import NoisePredictor
-from ddpm_tutorial.sampling import ddim_timesteps, sample_ddim, sample_heun
+from ddpm_tutorial.sampling import ddim_timesteps, path_timesteps, sample_ddim, sample_heun
 from ddpm_tutorial.toy import GaussianMixture, PointDenoiser
 
 MIXTURE = GaussianMixture(torch.tensor([[-1.0, 0.5], [1.2, -0.3]]), torch.tensor([0.3, 0.2]), torch.tensor([0.4, 0.6]))
@@ -80,35 +80,34 @@ def test_a_noise_model_is_a_velocity_field_and_back(betas):
         next(sample_ddim(model, GaussianDiffusion.from_schedule("linear", 200), (1, 2)))
 
 
-@pytest.mark.parametrize("num_steps", [1, 5, 20])
-def test_eulers_method_on_the_path_is_ddim(num_steps):
-    """With the shipped network, never trained for it: x_u moved by (u' − u) V, without a word of chapter 6."""
-    model = NoisePredictor.from_pretrained()
-    model = classifier_free(model, torch.arange(4), 1.0)
-    diffusion = model.diffusion
-    x_T = torch.randn(4, 1, 28, 28, generator=seeded())
+def assert_euler_is_ddim(model, diffusion, x_T, timesteps, within, **walk):
+    """x_u moved by (u' − u) V from one of the timesteps to the next, without a word of chapter 6."""
     times, scale = path_times(diffusion)
     velocity, x_u = velocity_of(model, diffusion), x_T / scale[-1]
-    steps = ddim_timesteps(diffusion.num_timesteps, num_steps)
     with torch.no_grad():
-        for t, t_next in zip(steps, [*steps[1:], 0], strict=True):
+        for t, t_next in zip(timesteps, [*timesteps[1:], 0], strict=True):
             x_u = x_u + (times[t_next] - times[t]) * velocity(x_u, t)
-    *_, last = sample_ddim(model, diffusion, x_T.shape, num_inference_steps=num_steps, clip_denoised=False, x_T=x_T)
-    assert_close(x_u, last.x_t, rtol=0, atol=2e-4)
+    *_, last = sample_ddim(model, diffusion, x_T.shape, clip_denoised=False, x_T=x_T, **walk)
+    assert_close(x_u, last.x_t, rtol=0, atol=within)
+
+
+@pytest.mark.parametrize("num_steps", [1, 5, 20])
+def test_eulers_method_on_the_path_is_ddim(num_steps):
+    """With the shipped network, never trained for it."""
+    model = NoisePredictor.from_pretrained()
+    diffusion, model = model.diffusion, classifier_free(model, torch.arange(4), 1.0)
+    x_T = torch.randn(4, 1, 28, 28, generator=seeded())
+    steps = ddim_timesteps(diffusion.num_timesteps, num_steps)
+    assert_euler_is_ddim(model, diffusion, x_T, steps, 2e-4, num_inference_steps=num_steps)
 
 
 @pytest.mark.parametrize("betas", [straight_beta_schedule(200), *(of(200) for of in SCHEDULES.values())])
 @pytest.mark.parametrize("spacing", ["t", "u"])
 def test_it_is_ddim_with_any_schedule_and_walk(betas, spacing):
-    diffusion = GaussianDiffusion(betas)
-    model, x_T = MIXTURE.noise_model(diffusion), torch.randn(50, 2, generator=seeded())
-    times, scale = path_times(diffusion)
-    velocity, x_u, t = velocity_of(model, diffusion), x_T / scale[-1], 200
-    options = {"num_inference_steps": 9, "clip_denoised": False, "x_T": x_T, "spacing": spacing}
-    for step in sample_ddim(model, diffusion, x_T.shape, **options):
-        x_u, t = x_u + (times[step.t] - times[t]) * velocity(x_u, t), step.t
-    assert t == 0
-    assert_close(x_u, step.x_t, rtol=0, atol=1e-4)
+    diffusion, x_T = GaussianDiffusion(betas), torch.randn(50, 2, generator=seeded())
+    steps = ddim_timesteps(200, 9) if spacing == "t" else path_timesteps(diffusion, 9)
+    walk = {"num_inference_steps": 9, "spacing": spacing}
+    assert_euler_is_ddim(MIXTURE.noise_model(diffusion), diffusion, x_T, steps, 1e-4, **walk)
 
 
 def test_training_for_velocity_draws_the_paths_time_evenly():
