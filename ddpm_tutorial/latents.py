@@ -94,10 +94,10 @@ class Autoencoder(nn.Module, Pretrained):
         return self.decoder(latents / self.scale)
 
     @torch.no_grad()
-    def encode_images(self, images: Tensor, batch_size: int = 500) -> Tensor:
+    def encode_images(self, images: Tensor) -> Tensor:
         """The latents of uint8 images (N, C, H, W), on the network's device."""
         device = next(self.parameters()).device
-        return torch.cat([self.encode(to_model_range(part.to(device))) for part in images.split(batch_size)])
+        return torch.cat([self.encode(to_model_range(part.to(device))) for part in images.split(500)])
 
     def fit_scale(self, images: Tensor) -> None:
         """Set ``scale`` so that the latents of these uint8 images have standard deviation 1, over all their entries."""

@@ -56,13 +56,13 @@ def same_shape(weights: list[Tensor]) -> list[list[Tensor]]:
     return list(found.values())
 
 
-def orthogonal(matrix: Tensor, num_steps: int = 5) -> Tensor:
-    """U Vᵀ of each matrix U S Vᵀ, (…, M, N), nearly: its singular values go to 0.7 … 1.2. Each step of Newton and
-    Schulz takes every singular value g to c₁ g + c₃ g³ + c₅ g⁵, by products of matrices alone (eq. 5.6)."""
+def orthogonal(matrix: Tensor) -> Tensor:
+    """U Vᵀ of each matrix U S Vᵀ, (…, M, N), nearly: its singular values go to 0.7 … 1.2. Each of five steps of
+    Newton and Schulz takes every singular value g to c₁ g + c₃ g³ + c₅ g⁵, by products of matrices alone (eq. 5.6)."""
     c1, c3, c5 = NEWTON_SCHULZ
     x = matrix / (matrix.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # no singular value above 1
     wide = x if x.shape[-2] <= x.shape[-1] else x.mT
-    for _ in range(num_steps):
+    for _ in range(5):
         gram = wide @ wide.mT
         wide = c1 * wide + (c3 * gram + c5 * gram @ gram) @ wide
     return wide if x.shape[-2] <= x.shape[-1] else wide.mT

@@ -53,10 +53,10 @@ def words_of(text: str) -> list[str]:
     return list(dict.fromkeys(re.findall(r"[^\W_]+", text.lower())))
 
 
-def vocabulary_of(texts: Sequence[str], min_count: int = MIN_COUNT) -> tuple[str, ...]:
-    """The words that at least ``min_count`` of the texts have, in the order of the alphabet."""
+def vocabulary_of(texts: Sequence[str]) -> tuple[str, ...]:
+    """The words that at least ``MIN_COUNT`` of the texts have, in the order of the alphabet."""
     counts = Counter(word for text in texts for word in words_of(text))
-    return tuple(sorted(word for word, count in counts.items() if count >= min_count))
+    return tuple(sorted(word for word, count in counts.items() if count >= MIN_COUNT))
 
 
 def captions_of(texts: Sequence[str], vocabulary: Sequence[str]) -> Tensor:

@@ -25,7 +25,7 @@ from ddpm_tutorial.training import processes
 from .common import Table, made_with, pixel_figures, run_command, table_parser
 
 DEFAULTS = {"num_images": 10_000, "seed": 0}
-SAMPLER = {"sampler": "ddim", "num_inference_steps": 50, "eta": 0.5, "spacing": "u"}
+SAMPLER = {"sampler": "dpmpp-2m", "num_inference_steps": 100, "spacing": "u"}
 GUIDANCE_SCALE = 1.3
 BITS_IMAGES = 1000  # real ones, at most, of which the bound is taken
 REPEATS = {"10000": 1, "5x2000": 5, "guided": 1}
