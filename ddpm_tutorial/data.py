@@ -264,6 +264,8 @@ def to_model_range(images: Tensor) -> Tensor:
 
 def to_uint8(images: Tensor) -> Tensor:
     """Float images in [−1, 1] (values outside are clipped) to the nearest uint8 grey level."""
+    if not images.is_floating_point():
+        raise ValueError(f"images must be floats in [−1, 1], got {images.dtype}")
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 

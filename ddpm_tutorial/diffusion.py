@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-TARGETS = ("noise", "v", "x_0", "velocity")  # what a network may learn: one gives the others (chapters 3, 10)
+NoiseModel = Callable[[Tensor, Tensor], Tensor]  # (x_t (B, …), t (B,)) -> predicted noise (B, …)
 MAX_SQRT_ALPHA_BAR_T = 0.05  # above this, x_T still shows the data and is not the N(0, I) that sampling starts from
 MAX_COUNT = 1_000_000  # of timesteps, channels, …: what is larger is a slip, and would end in torch's words for it
 
@@ -311,9 +311,11 @@ def check_diffusion(model: Callable, diffusion: GaussianDiffusion) -> None:
         )
 
 
-def asking(*models: Callable) -> Callable[[Callable], Callable]:
-    """Decorator of a noise model that asks others: it has their diffusion. ValueError where they differ."""
-    own = next((model.diffusion for model in models if getattr(model, "diffusion", None) is not None), None)
+def asking(*models: Callable, diffusion: GaussianDiffusion | None = None) -> Callable[[Callable], Callable]:
+    """Decorator of a noise model that asks others: it has the ``diffusion`` that it computes with itself, else theirs.
+    ValueError where they differ."""
+    theirs = (model.diffusion for model in models if getattr(model, "diffusion", None) is not None)
+    own = next(theirs, None) if diffusion is None else diffusion
     if own is not None:
         for model in models:
             check_diffusion(model, own)

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .data import seeded_generator, to_uint8
-from .diffusion import holds_integers, randn_like
+from .diffusion import check_counts, holds_integers, randn_like
 from .files import reading
 from .guidance import classifier_free
 from .predictor import NoisePredictor
@@ -35,6 +35,7 @@ def draw_batches(
     ValueError at the call, before anything is drawn, names the option that is wrong; FloatingPointError where an image
     is not finite.
     """
+    check_counts(**{"batch_size": batch_size, "the number of labels": len(labels)})
     begin = sampler_of_images(model, *options, **named)
     begin(labels[:1], 0)  # says what is wrong, and takes no step
 

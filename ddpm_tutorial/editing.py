@@ -7,22 +7,31 @@ from torch import Tensor
 
 from .diffusion import (
     GaussianDiffusion,
+    NoiseModel,
     asking,
     check_counts,
-    check_diffusion,
     check_floats,
     check_same_shape,
     randn_like,
 )
-from .guidance import NoiseModel
 from .sampling import SampleStep, checked_at_the_call
 
 
-def _check_known(model: NoiseModel, diffusion: GaussianDiffusion, known: Tensor, mask: Tensor) -> None:
+def _check_known(known: Tensor, mask: Tensor) -> None:
     if mask.dtype != torch.bool:
         raise ValueError(f"mask must be boolean, true where the image is known; got {mask.dtype}")
     check_floats(known=known)
-    check_diffusion(model, diffusion)
+
+
+def _spread_over(x_t: Tensor, known: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the shape of x_t and on its device."""
+    try:
+        return known.to(x_t).expand_as(x_t), mask.to(x_t.device).expand_as(x_t)
+    except RuntimeError:
+        raise ValueError(
+            f"known and mask must be {tuple(x_t.shape)}, as x_t, or expand to it; got {tuple(known.shape)} and "
+            f"{tuple(mask.shape)}"
+        ) from None
 
 
 def keep_known(model: NoiseModel, diffusion: GaussianDiffusion, known: Tensor, mask: Tensor) -> NoiseModel:
@@ -33,12 +42,12 @@ def keep_known(model: NoiseModel, diffusion: GaussianDiffusion, known: Tensor, m
     noise is not of that family, gives them too much noise on the way. ``known`` and ``mask`` (bool) are
     (B, …), or of a shape that expands to it.
     """
-    _check_known(model, diffusion, known, mask)
+    _check_known(known, mask)
 
-    @asking(model)
+    @asking(model, diffusion=diffusion)
     def masked(x_t: Tensor, t: int | Tensor) -> Tensor:
-        noise = diffusion.predict_noise(x_t, t, known.to(x_t).expand_as(x_t))
-        return torch.where(mask.to(x_t.device), noise, model(x_t, t))
+        x_0, given = _spread_over(x_t, known, mask)
+        return torch.where(given, diffusion.predict_noise(x_t, t, x_0), model(x_t, t))
 
     return masked
 
@@ -50,14 +59,15 @@ def pull_known(model: NoiseModel, diffusion: GaussianDiffusion, known: Tensor, m
     the paper finds its weight by trial. One evaluation forwards and backwards. Inside ``keep_known`` the known pixels
     come out exactly. ``known`` and ``mask`` are (B, …), or of a shape that expands to it.
     """
-    _check_known(model, diffusion, known, mask)
+    _check_known(known, mask)
 
-    @asking(model)
+    @asking(model, diffusion=diffusion)
     def pulled(x_t: Tensor, t: Tensor) -> Tensor:
+        x_0, given = _spread_over(x_t, known, mask)
         with torch.enable_grad():  # samplers run without gradients
             x = x_t.detach().requires_grad_()
             noise = model(x, t)
-            miss = (known.to(x) - diffusion.predict_x0(x, t, noise)) * mask.to(x.device)
+            miss = (x_0 - diffusion.predict_x0(x, t, noise)) * given
             pull = -torch.autograd.grad(miss.square().sum(), x)[0]
         variance = 1 - diffusion.at(diffusion.alphas_cumprod, t, x_t)
         return noise.detach() + diffusion.noise_from_score(pull / (2 * variance), t)

@@ -116,6 +116,7 @@ def vlb_term(
     "beta", "posterior" (see ``reverse_variances``) or ``variance[t]`` of a table (T + 1,). Differentiable.
     """
     _check_data(x_0)
+    check_diffusion(model, diffusion)
     return vlb_term_and_mse(model, diffusion, x_0, x_t, t, _variance_table(diffusion, variance), clip_denoised)[0]
 
 

@@ -132,8 +132,8 @@ class Pretrained:
     def from_pretrained(cls, folder_or_hub_name: str | Path | None = None, **options):
         """The network saved in a folder or on the Hugging Face hub (default: the shipped weights), in evaluation mode.
 
-        ``options`` are those of ``huggingface_hub.hf_hub_download``. ValueError where the files are damaged or do not
-        fit each other, FloatingPointError where a weight is not finite.
+        ``options`` are those of ``huggingface_hub.hf_hub_download``, so a folder takes none. ValueError where it gets
+        some, or the files are damaged or do not fit each other; FloatingPointError where a weight is not finite.
         """
         place = cls.shipped if folder_or_hub_name is None else folder_or_hub_name
         config, weights = (_found(place, name, options) for name in ("config.json", "model.safetensors"))
@@ -156,6 +156,8 @@ def filled(network: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
 
 def _found(place: str | Path, name: str, options: dict) -> Path:
     if Path(place).is_dir():
+        if options:
+            raise ValueError(f"{', '.join(options)}: for a download from the hub, and {place} is a folder")
         if not (Path(place) / name).is_file():
             raise FileNotFoundError(f"no checkpoint in {place}: it holds no {name}")
         return Path(place) / name

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from .diffusion import GaussianDiffusion, check_counts, check_floats
+from .diffusion import GaussianDiffusion, check_counts, check_diffusion, check_floats
 from .files import SHIPPED_WEIGHTS
 
 SHIPPED_FLOW = SHIPPED_WEIGHTS / "flow"  # a ``NoisePredictor`` of Fashion-MNIST, trained for the velocity
@@ -47,6 +47,7 @@ def path_times(diffusion: GaussianDiffusion) -> tuple[Tensor, Tensor]:
 def velocity_of(model: Callable, diffusion: GaussianDiffusion) -> Callable[[Tensor, int], Tensor]:
     """Any noise model as a velocity field of the straight path: V(x_u, t) = ε − x̂_0 at u = u_t, equation (10.10). It
     takes points (B, …) of the path and a timestep, an int in 1 … T, and gives (B, …)."""
+    check_diffusion(model, diffusion)
     _, scale = path_times(diffusion)
 
     def velocity(x_u: Tensor, t: int) -> Tensor:

@@ -10,11 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .diffusion import GaussianDiffusion, asking, check_counts, check_diffusion, holds_integers
+from .diffusion import GaussianDiffusion, NoiseModel, asking, check_counts, holds_integers
 from .files import SHIPPED_WEIGHTS, Pretrained
 from .unet import Downsample, ResidualBlock, group_norm, sinusoidal_embedding
-
-NoiseModel = Callable[[Tensor, Tensor], Tensor]  # (x_t (B, …), t (B,)) -> predicted noise (B, …)
 
 
 def drop_labels(
@@ -73,9 +71,8 @@ def classifier_guidance(
     classifier forwards and backwards.
     """
     _check_scale(guidance_scale)
-    check_diffusion(model, diffusion)
 
-    @asking(model)
+    @asking(model, diffusion=diffusion)
     def guided(x_t: Tensor, t: Tensor) -> Tensor:
         _check_one_an_image(labels, x_t)
         with torch.enable_grad():  # samplers run without gradients
@@ -108,13 +105,11 @@ def rescaled(guided: NoiseModel, plain: NoiseModel, diffusion: GaussianDiffusion
     Calls both models. A factor below 1 draws x_0 towards 0, mid-grey: a black background too."""
     if not 0 <= strength <= 1:
         raise ValueError(f"the strength of rescaling must lie in [0, 1], got {strength}")
-    for predict in (guided, plain):
-        check_diffusion(predict, diffusion)
 
     def spread(x_0: Tensor) -> Tensor:
         return x_0.flatten(1).std(dim=1).view(-1, *[1] * (x_0.ndim - 1))  # (B, 1, …, 1)
 
-    @asking(guided, plain)
+    @asking(guided, plain, diffusion=diffusion)
     def model(x_t: Tensor, t: Tensor) -> Tensor:
         aim, modest = (diffusion.predict_x0(x_t, t, predict(x_t, t)) for predict in (guided, plain))
         factor = strength * spread(modest) / spread(aim) + 1 - strength

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .diffusion import TARGETS, GaussianDiffusion, check_same_shape
+from .diffusion import GaussianDiffusion, check_same_shape
+from .settings import TARGETS
 
 LOSSES = {"l2": F.mse_loss, "l1": F.l1_loss, "huber": F.smooth_l1_loss}
 

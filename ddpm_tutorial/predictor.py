@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .diffusion import TARGETS, GaussianDiffusion, check_counts
+from .diffusion import GaussianDiffusion, check_counts
 from .files import SHIPPED_WEIGHTS, Pretrained, filled
+from .settings import TARGETS
 from .unet import UNet
 
 
@@ -35,6 +36,8 @@ class NoisePredictor(nn.Module, Pretrained):
         super().__init__()
         num_classes = unet.num_classes or 0
         image_shape = (unet.in_channels, 28, 28) if image_shape is None else tuple(image_shape)
+        if isinstance(class_names, str):  # a text is a sequence of texts, too
+            raise ValueError(f"class_names must be a list of texts, got one: {class_names!r}")
         class_names = tuple(map(str, range(num_classes)) if class_names is None else class_names)
         if target not in TARGETS:
             raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")

@@ -29,8 +29,11 @@ class GaussianMixture:
                 "means must be (K, D), stds and weights (K,); got "
                 f"{tuple(self.means.shape)}, {tuple(self.stds.shape)} and {tuple(self.weights.shape)}"
             )
-        if (self.weights < 0).any() or abs(self.weights.sum().item() - 1) > 1e-5 or (self.stds < 0).any():
-            raise ValueError(f"weights must sum to 1 and stds be at least 0; got {self.weights} and {self.stds}")
+        at_least_0 = all((part >= 0).all() for part in (self.weights, self.stds))  # false for NaN, too
+        if not at_least_0 or abs(self.weights.sum().item() - 1) > 1e-5:
+            raise ValueError(
+                f"weights must sum to 1, and weights and stds be at least 0; got {self.weights} and {self.stds}"
+            )
 
     def sample(self, count: int, generator: torch.Generator | None = None) -> Tensor:
         """``count`` points, (count, D)."""
@@ -55,6 +58,7 @@ class GaussianMixture:
             sigma_t = diffusion.at(diffusion.sqrt_one_minus_alphas_cumprod, t, x_t)
             return -sigma_t * self.score(diffusion, x_t, t)
 
+        model.diffusion = diffusion
         return model
 
     def _offsets(self, diffusion: GaussianDiffusion, x_t: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:

@@ -94,8 +94,6 @@ def train(
         raise ValueError(f"images must be uint8 or float32 (N, C, H, W), got {images.dtype} {tuple(images.shape)}")
     if images.dtype == torch.float32 and not images.square().mean() <= MAX_POWER:
         raise ValueError("float images must be finite, of a variance of about 1; grey levels 0 … 255 are uint8")
-    if images.shape[1] != unet.in_channels:
-        raise ValueError(f"the U-Net takes {unet.in_channels} channels, and the images have {images.shape[1]}")
     height, width, divisor = *images.shape[2:], unet.size_divisor
     if height % divisor or width % divisor:
         near = sorted({max(1, size // divisor + i) * divisor for size in (height, width) for i in (0, 1)})
@@ -103,6 +101,8 @@ def train(
             f"images are {height}×{width}, and this U-Net needs sizes divisible by {divisor}: "
             f"{' or '.join(map(str, near))} (--image-size), say"
         )
+    if tuple(images.shape[1:]) != model.image_shape:
+        raise ValueError(f"the model draws images {model.image_shape}, and these are {tuple(images.shape[1:])}")
     if config.batch_size > len(images):
         raise ValueError(f"batch_size must lie in 1 … {len(images)} (the number of images), got {config.batch_size}")
     if config.batch_size % world:
@@ -110,14 +110,15 @@ def train(
     if config.precision == "fp16" and device.type == "mps":
         raise ValueError("precision fp16 does not train on mps: use bf16 or no")
     if model.num_classes is None:
-        labels = None
-    elif labels is None:
+        return train_steps(model, images, None, config, resume_from)
+    if labels is None:
         raise ValueError("a class-conditional model needs labels")
-    elif not holds_integers(labels):
+    if not holds_integers(labels):
         raise ValueError(f"labels must be integers, got {labels.dtype}")
-    elif labels.ndim not in (1, 2) or labels.shape[:1] != images.shape[:1] or 0 in labels.shape:
+    if labels.ndim not in (1, 2) or labels.shape[:1] != images.shape[:1] or 0 in labels.shape:
         raise ValueError(f"labels must be ({len(images)},), or captions ({len(images)}, L), got {tuple(labels.shape)}")
-    elif not 0 <= labels.min() <= labels.max() <= (largest := model.num_classes - (labels.ndim == 1)):
+    largest = model.num_classes - (labels.ndim == 1)
+    if not 0 <= labels.min() <= labels.max() <= largest:
         raise ValueError(f"labels must lie in 0 … {largest}, got {labels.min().item()} … {labels.max().item()}")
     return train_steps(model, images, labels, config, resume_from)
 

@@ -310,6 +310,8 @@ def _check_config(
     check_counts(
         channels=channels, num_heads=num_heads, num_classes=1 if num_classes is None else num_classes, **counts
     )
+    if channels % 2:
+        raise ValueError(f"channels must be even, half of them for sines of t and half for cosines; got {channels}")
     if not isinstance(channel_mults, Sequence) or not channel_mults:
         raise ValueError(f"channel_mults must be one or more integers, got {channel_mults!r}")
     check_counts(**{f"channel_mults[{i}]": mult for i, mult in enumerate(channel_mults)})

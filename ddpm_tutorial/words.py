@@ -61,7 +61,10 @@ def vocabulary_of(texts: Sequence[str]) -> tuple[str, ...]:
 
 def captions_of(texts: Sequence[str], vocabulary: Sequence[str]) -> Tensor:
     """Texts as captions (B, L) int64 for a network whose classes are the words of this vocabulary, filled up with the
-    null label; "" is no word at all. ValueError names a word that is not in it, and the nearest ones that are."""
+    null label; "" is no word at all. ValueError for one text in place of a list, and for a word that is not in the
+    vocabulary: it names the nearest ones that are."""
+    if isinstance(texts, str):  # a text is a sequence of texts, too
+        raise ValueError(f"texts must be a list of them, got one: {texts!r}")
     known = set(vocabulary)
     for word in (word for text in texts for word in words_of(text)):
         if word not in known:

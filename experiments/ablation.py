@@ -54,7 +54,7 @@ FURTHER = {
 def train_and_judge(job: dict, options: dict, data: str | None, reference: Seen) -> dict:
     """One run: the figures of its samples beside ``reference``, the training images."""
     torch.set_num_threads(options["threads"])
-    settings = BASE | RUNS[job["run"]]
+    settings = job["options"]
     images, labels, _ = load_fashion_mnist("train", data)
     if settings.get("flips"):  # each image and its mirror image
         images, labels = torch.cat([images, images.flip(-1)]), labels.repeat(2)
@@ -95,10 +95,11 @@ def over_seeds(rows: list[dict]) -> dict:
     """For each run and each sampling of it, the mean and standard deviation of each figure over the seeds."""
     found = {}
     for run in RUNS:
-        sets = [row["figures"] for row in rows if row["run"] == run]
+        options = BASE | RUNS[run]
+        sets = [row["figures"] for row in rows if (row["run"], row["options"]) == (run, options)]
         if sets:
             figures = {sampling: spread([figures[sampling] for figures in sets]) for sampling in sets[0]}
-            found[run] = {"settings": BASE | RUNS[run], "seeds": len(sets), "figures": figures}
+            found[run] = {"options": options, "seeds": len(sets), "figures": figures}
     return found
 
 
@@ -111,7 +112,8 @@ def run(
         "optimizer": TrainConfig().optimizer, "num_train_images": len(train_set.images), "device": cuda_or_cpu().type,
         "classifier": fingerprint(Classifier.shipped),
     }  # fmt: skip
-    table = Table(out, command, settings, [{"run": name, "seed": seed} for seed in SEEDS for name in RUNS])
+    jobs = [{"run": name, "options": BASE | RUNS[name], "seed": seed} for seed in SEEDS for name in RUNS]
+    table = Table(out, command, settings, jobs)
     table.missing = [job for job in table.missing if job["run"] in (runs or RUNS) and job["seed"] < seeds]
     if table.missing:
         reference = look(train_set.images)

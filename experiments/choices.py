@@ -97,12 +97,12 @@ def train_for(seconds: float, settings: dict, seed: int, images: Tensor, labels:
 
 def train_and_judge(job: dict, seconds: float, data: str | None, reference: Seen) -> dict:
     torch.set_num_threads(1)
-    train, settings = load_fashion_mnist("train", data), BASE | RUNS[job["run"]]
+    train, settings = load_fashion_mnist("train", data), job["options"]
     model, steps = train_for(seconds, settings, job["seed"], train.images, train.labels)
     labels = torch.arange(NUM_IMAGES) % 10
     samples = draw_images(model, labels, num_inference_steps=NUM_STEPS)
     figures = sample_figures(look(samples), labels, reference) | pixel_figures(samples, train.images)
-    return {"options": settings, "steps": steps, "images_seen": steps * settings["batch_size"]} | figures
+    return {"steps": steps, "images_seen": steps * settings["batch_size"]} | figures
 
 
 def run(
@@ -114,7 +114,8 @@ def run(
         "seconds": seconds, "num_images": NUM_IMAGES, "sampler": f"ddim, {NUM_STEPS} steps",
         "num_train_images": len(images), "device": "cpu", "classifier": fingerprint(Classifier.shipped),
     }  # fmt: skip
-    table = Table(out, command, settings, [{"run": name, "seed": seed} for seed in range(SEEDS) for name in RUNS])
+    jobs = [{"run": name, "options": BASE | RUNS[name], "seed": seed} for seed in range(SEEDS) for name in RUNS]
+    table = Table(out, command, settings, jobs)
     table.missing = [job for job in table.missing if job["run"] in (runs or RUNS) and job["seed"] < seeds]
     if table.missing:
         make = partial(train_and_judge, seconds=seconds, data=data, reference=look(images))
@@ -126,10 +127,11 @@ def over_seeds(rows: list[dict]) -> dict:
     """For each run, the mean and standard deviation of its numbers over the seeds."""
     found = {}
     for name in RUNS:
+        options = BASE | RUNS[name]
         sets = [{key: value for key, value in row.items() if isinstance(value, int | float) and key != "seed"}
-                for row in rows if row["run"] == name]  # fmt: skip
+                for row in rows if (row["run"], row["options"]) == (name, options)]  # fmt: skip
         if sets:
-            found[name] = {"options": BASE | RUNS[name], "seeds": len(sets), "figures": spread(sets)}
+            found[name] = {"options": options, "seeds": len(sets), "figures": spread(sets)}
     return found
 
 

@@ -58,7 +58,7 @@ def run_command(parser: Parser, argv: list[str] | None, run: Callable[..., None]
 
     def begin_or_go_on() -> None:
         begun = read_result(given["out"]).get("settings", {})
-        if begun.get("weights") != fingerprint(given.get("checkpoint", NoisePredictor.shipped)):
+        if "weights" in begun and begun["weights"] != fingerprint(given.get("checkpoint", NoisePredictor.shipped)):
             begun = {}
         options = defaults | {name: begun[name] for name in defaults if name in begun} | given
         told = (f"--{name.replace('_', '-')} {options[name]}" for name in defaults if options[name] is not None)
@@ -172,8 +172,8 @@ class Table:
         until: float = float("inf"),
     ) -> None:
         """Add what ``make(job)`` finds for each missing job, and print it with an estimate of the time left. Several
-        processes make several rows at a time; ``make`` must then be a function of a module. No row begins when
-        ``time.monotonic()`` is past ``until``."""
+        processes make several rows at a time; ``make`` must then be a function of a module. A single one begins no row
+        when ``time.monotonic()`` is past ``until``."""
         total, done, began = sum(map(cost, self.missing)), 0.0, time.monotonic()
         for job, figures in _made(make, self.missing, processes, until):
             self.add(job | figures)

@@ -14,7 +14,7 @@ CONFIG = TrainConfig(num_train_steps=8, batch_size=16, warmup_steps=2, lr=1e-3, 
 
 
 def new_model(
-    seed: int = 0, target: str = "noise", schedule: str = "linear", image_size: int = 28, **options
+    seed: int = 0, target: str = "noise", schedule: str = "linear", image_size: int = 8, **options
 ) -> NoisePredictor:
     torch.manual_seed(seed)
     unet = UNet(**({"channels": 16, "patch_size": 2, "num_classes": 10} | options))

@@ -26,7 +26,7 @@ def asked(monkeypatch):
 
     def made(make, missing, processes, until):
         for job in missing:
-            jobs.append(tuple(job.values()))
+            jobs.append((job["run"], job["seed"]))
             figures = {"DDIM, 50 steps": {"frechet_distance": 3.0 + job["seed"]}}
             yield job, {"figures": figures, "frechet_distance": 3.0 + job["seed"]}
 
@@ -39,8 +39,10 @@ def test_a_run_is_trained_and_judged(monkeypatch):
         monkeypatch.setitem(how, "num_inference_steps", 2)
     options = {"num_train_steps": 2, "batch_size": 8, "channels": 8, "lr": 2e-3, "num_images": 100, "threads": 1}
     reference = ablation.look(ablation.load_fashion_mnist("train", "sample").images)
-    figures = {run: ablation.train_and_judge({"run": run, "seed": 0}, options, "sample", reference)["figures"]
-               for run in ("horizontal flips", "linear, l2")}  # fmt: skip
+    figures = {}
+    for run in ("horizontal flips", "linear, l2"):
+        job = {"run": run, "options": ablation.BASE | ablation.RUNS[run], "seed": 0}
+        figures[run] = ablation.train_and_judge(job, options, "sample", reference)["figures"]
     assert set(figures["horizontal flips"]) == {"DDIM, 50 steps"}
     assert figures["horizontal flips"]["DDIM, 50 steps"]["frechet_distance"] > 5
     assert set(figures["linear, l2"]) == {"DDIM, 50 steps", *ablation.FURTHER["linear, l2"]}
@@ -55,7 +57,7 @@ def test_no_run_is_done_twice_and_seeds_are_put_together(asked, tmp_path, capsys
     result = json.loads(out.read_text())
     assert list(result["runs"]) == ["cosine, l1", "target v"]  # in the order of the table
     run = result["runs"]["target v"]
-    assert run["seeds"] == 3 and run["settings"]["target"] == "v"
+    assert run["seeds"] == 3 and run["options"]["target"] == "v"
     assert run["figures"]["DDIM, 50 steps"]["frechet_distance"] == {"mean": 4.0, "deviation": 1.0}
     assert 0 < result["real"]["frechet_distance"]["mean"] < 5
     assert len(ablation.RUNS) == 17 and len(result["settings"]["classifier"]) == 16
@@ -86,6 +88,21 @@ def test_choices_are_put_together(asked, tmp_path):
     found = json.loads(out.read_text())["runs"]
     assert list(found) == ["Adam", "Muon"] and found["Adam"]["options"]["optimizer"] == "adam"
     assert found["Muon"]["figures"]["frechet_distance"] == {"mean": 4.0, "deviation": 1.0}
+
+
+@pytest.mark.parametrize("module", [ablation, choices])
+def test_a_run_of_other_options_is_made_again(module, asked, tmp_path, monkeypatch):
+    """A name says what a run was only as long as the name means the same."""
+    name = "Adam" if module is choices else "target v"
+    options = ["--data", "sample", "--out", str(tmp_path / "a.json"), "--runs", name, "--seeds", "1"]
+    for _ in range(2):
+        assert module.main(options) == 0
+    assert len(asked) == 1
+    monkeypatch.setitem(module.RUNS, name, module.RUNS[name] | {"lr": 0.5})
+    assert module.main(options) == 0 and len(asked) == 2
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert len(found["rows"]) == 2 and found["runs"][name]["seeds"] == 1
+    assert found["runs"][name]["options"]["lr"] == 0.5
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def test_quick_writes_a_complete_table_once(tmp_path, monkeypatch, capsys):
     table = json.loads(out.read_text())
     assert [path.name for path in tmp_path.iterdir()] == ["table.json"]
     assert table["machine"]["cpu"] and table["machine"]["versions"]["torch"] == torch.__version__
-    assert table["command"] == "python -m experiments.benchmark --rounds 2"
+    assert table["command"] == "python -m experiments.benchmark --rounds 2 --quick"
     assert len(table["candidates"]) == 4 and table["options"]["rounds"] == 2
     for row in table["candidates"]:
         for mode in ("train", "sample"):

@@ -304,8 +304,8 @@ def test_rules_of_windows(crops, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "replace", replacing)
     options = {"checkpoint_every": 4, "sample_every": 4}
-    train_to_folder(new_model(image_size=8), *crops, replace(CONFIG, num_train_steps=4), tmp_path, **options)
+    train_to_folder(new_model(), *crops, replace(CONFIG, num_train_steps=4), tmp_path, **options)
     (tmp_path / "samples" / "step-000004.png").unlink()  # so that resuming reads the model, too
-    train_to_folder(new_model(image_size=8), *crops, CONFIG, tmp_path, resume=True, **options)
+    train_to_folder(new_model(), *crops, CONFIG, tmp_path, resume=True, **options)
     assert checked.count(STATE_FILE) == 2 and "step-000004.png" in checked
     assert checked.count("model.safetensors") == 4  # each into the folder aside, then into its place

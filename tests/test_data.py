@@ -294,6 +294,8 @@ def test_scaling_there_and_back_is_exact():
     assert to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
     with pytest.raises(ValueError, match="uint8"):
         to_model_range(scaled)
+    with pytest.raises(ValueError, match="floats in .* got torch.uint8"):
+        to_uint8(levels)
 
 
 def test_batches_cover_each_epoch_once_and_continue_anywhere():

@@ -126,11 +126,18 @@ def test_the_bar_moves_with_every_step_of_a_sampler(model, monkeypatch):
         ({"spacing": "x", "num_inference_steps": 5}, "spacing"),
         ({"seed": -1}, "seed"),
         ({"guidance_scale": float("inf")}, "guidance_scale"),
+        ({"batch_size": 0}, "batch_size .* got 0"),
+        ({"batch_size": -1}, "batch_size .* got -1"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused_at_the_call(model, options, message):
     with pytest.raises(ValueError, match=message):
         draw_batches(model, torch.arange(3), **options)
+
+
+def test_no_labels_make_no_images(model):
+    with pytest.raises(ValueError, match="the number of labels must be .* at least 1"):
+        draw_batches(model, torch.arange(0))
 
 
 def test_guidance_without_labels_is_refused():

@@ -115,6 +115,15 @@ def test_known_pixels_follow_the_forward_process_of_the_input(eta, diffusion):
         assert abs(x.var() - variance) < 4.5 * variance * (2 / count) ** 0.5
 
 
+@pytest.mark.parametrize("wrapper", [keep_known, pull_known])
+def test_known_and_mask_must_fit_the_images(wrapper, diffusion):
+    x_t, t = torch.zeros(1, 2), torch.tensor([3])
+    for known, mask in ((torch.zeros(4, 2), torch.ones(2)), (torch.zeros(2), torch.ones(4, 2))):
+        model = wrapper(lambda x, t: x, diffusion, known, mask.bool())
+        with pytest.raises(ValueError, match=r"must be \(1, 2\), as x_t, or expand to it; got .*\(4, 2\)"):
+            model(x_t, t)
+
+
 def test_mask_must_be_boolean(diffusion):
     with pytest.raises(ValueError, match="known must be floats, got torch.uint8"):
         keep_known(lambda x, t: x, GaussianDiffusion.from_schedule(), torch.zeros(1, 2).byte(), torch.ones(1, 2).bool())

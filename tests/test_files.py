@@ -118,6 +118,13 @@ def test_a_place_that_is_no_folder_and_no_name_on_the_hub_is_not_asked_for(tmp_p
         NoisePredictor.from_pretrained("runs/a")
 
 
+def test_a_folder_takes_no_options_of_a_download(tmp_path):
+    NETWORKS[NoisePredictor]().save_pretrained(tmp_path)
+    for place in (tmp_path, None):
+        with pytest.raises(ValueError, match="revison: for a download from the hub, and .* is a folder"):
+            NoisePredictor.from_pretrained(place, revison="v2")
+
+
 def test_a_name_on_the_hub_is_downloaded_with_its_options(tmp_path, monkeypatch):
     model, asked = NETWORKS[NoisePredictor](), []
     model.save_pretrained(tmp_path)

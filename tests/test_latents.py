@@ -106,8 +106,8 @@ def test_the_same_loop_and_samplers_work_on_latents(data):
     autoencoder.fit_scale(data[0])
     latents = autoencoder.encode_images(data[0])
     shape = {"in_channels": 4, "patch_size": 1, "channel_mults": [1], "attention_levels": [0]}
-    network = new_model(target="v", **shape).unet
-    model = NoisePredictor(network, new_model().diffusion, "v", (4, 7, 7))
+    network = new_model(image_size=28, target="v", **shape).unet
+    model = NoisePredictor(network, new_model(image_size=28).diffusion, "v", (4, 7, 7))
     *_, last = train(model, latents, data[1], CONFIG)
     assert last.loss.isfinite() and last.model.image_shape == (4, 7, 7)
     guided = classifier_free(last.ema.module, torch.tensor([0, 1]), 2.0)

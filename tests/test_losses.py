@@ -5,7 +5,7 @@ import torch
 from torch.distributions import Normal, kl_divergence
 from torch.testing import assert_close
 
-from ddpm_tutorial.diffusion import SCHEDULES, TARGETS, GaussianDiffusion
+from ddpm_tutorial.diffusion import SCHEDULES, GaussianDiffusion
 from ddpm_tutorial.losses import (
     LOSSES,
     draw_timesteps,
@@ -15,6 +15,7 @@ from ddpm_tutorial.losses import (
     vlb_weights,
     weighted_noise_loss,
 )
+from ddpm_tutorial.settings import TARGETS
 
 
 @pytest.fixture(params=list(SCHEDULES))

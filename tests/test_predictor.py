@@ -10,12 +10,15 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from ddpm_tutorial.data import CLASS_NAMES
-from ddpm_tutorial.diffusion import SCHEDULES, TARGETS, GaussianDiffusion, check_diffusion
-from ddpm_tutorial.editing import keep_known
-from ddpm_tutorial.elbo import bits_per_dim
+from ddpm_tutorial.diffusion import SCHEDULES, GaussianDiffusion, check_diffusion
+from ddpm_tutorial.editing import keep_known, pull_known
+from ddpm_tutorial.elbo import bits_per_dim, vlb_term
+from ddpm_tutorial.flow import velocity_of
 from ddpm_tutorial.guidance import NoisyClassifier, classifier_free, classifier_guidance, guided_between, rescaled
 from ddpm_tutorial.predictor import NoisePredictor
 from ddpm_tutorial.sampling import SAMPLERS, sample_ddim
+from ddpm_tutorial.settings import TARGETS
+from ddpm_tutorial.toy import GaussianMixture
 from ddpm_tutorial.unet import UNet
 
 SHAPE, LABELS = (2, 1, 8, 8), torch.tensor([0, 2])
@@ -133,6 +136,7 @@ def test_it_says_what_it_draws():
         ({"image_shape": (1, 28, "x")}, r"image_shape\[2\] must be an integer of at least 1.*got 'x'"),
         ({"image_shape": (1, -28, 28)}, r"image_shape\[1\] must be an integer of at least 1.*got -28"),
         ({"class_names": ["a", "b"]}, "the U-Net has 3 classes, and class_names are 2"),
+        ({"class_names": "abc"}, "class_names must be a list of texts, got one: 'abc'"),
         ({"class_names": ()}, "the U-Net has 3 classes, and class_names are 0"),
         ({"class_names": ["a", "b", "a"]}, "class_names must be texts, no two alike, got 'a', 'b', 'a'"),
         ({"class_names": ["a", "b", 3]}, "class_names must be texts, no two alike, got 'a', 'b', 3"),
@@ -294,7 +298,12 @@ def silent(x_t, t):
 def test_samplers_and_the_bound_refuse_another_diffusion(target, other, message):
     model = predictor(target)
     calls = [lambda sampler=sampler: sampler(model, other, SHAPE) for sampler in SAMPLERS.values()]
-    calls.append(lambda: bits_per_dim(model, other, torch.zeros(SHAPE) - 1))
+    x_0 = torch.zeros(SHAPE) - 1
+    calls += [
+        lambda: bits_per_dim(model, other, x_0),
+        lambda: vlb_term(model, other, x_0, x_0, 1),
+        lambda: velocity_of(model, other),
+    ]
     for call in calls:
         with pytest.raises(ValueError, match="trained with another diffusion .*" + message):
             call()
@@ -308,12 +317,17 @@ def test_a_guided_model_is_refused_as_its_network_is(other, message):
     masked = (torch.zeros(SHAPE), torch.ones(8, 8).bool())
     guided = [
         plain,
+        GaussianMixture(torch.zeros(1, 2), torch.ones(1)).noise_model(own),
         classifier_guidance(plain, classifier, own, LABELS),
         guided_between(1, 2, plain, silent),
         guided_between(1, 2, silent, plain),
         rescaled(silent, plain, own),
         rescaled(plain, silent, own),
         keep_known(plain, own, *masked),
+        keep_known(silent, own, *masked),  # what a wrapper computes with its diffusion is wrong with another
+        pull_known(silent, own, *masked),
+        rescaled(silent, silent, own),
+        classifier_guidance(silent, classifier, own, LABELS),
         guided_between(1, 2, silent, keep_known(rescaled(plain, silent, own), own, *masked)),
     ]
     for model in guided:

@@ -22,9 +22,7 @@ from ddpm_tutorial.training import train
 
 
 def test_run_in_a_folder_writes_log_samples_and_checkpoint(crops, tmp_path):
-    last = train_to_folder(
-        new_model(image_size=8), *crops, CONFIG, tmp_path, log_every=3, checkpoint_every=4, sample_every=5
-    )
+    last = train_to_folder(new_model(), *crops, CONFIG, tmp_path, log_every=3, checkpoint_every=4, sample_every=5)
     assert last == 8
     rows = list(csv.DictReader((tmp_path / "log.csv").read_text().splitlines()))
     assert [int(row["step"]) for row in rows] == [3, 4, 6, 8]  # each 3 steps, and with each checkpoint
@@ -35,16 +33,16 @@ def test_run_in_a_folder_writes_log_samples_and_checkpoint(crops, tmp_path):
 
 def test_stopped_folder_goes_on_and_its_log_has_no_row_twice(crops, tmp_path):
     options = {"log_every": 1, "checkpoint_every": 2, "sample_every": 0}
-    train_to_folder(new_model(image_size=8), *crops, CONFIG, tmp_path / "whole", **options)
+    train_to_folder(new_model(), *crops, CONFIG, tmp_path / "whole", **options)
     calls = iter(range(100))
     stopped = train_to_folder(
-        new_model(image_size=8), *crops, CONFIG, tmp_path / "parts", should_stop=lambda: next(calls) == 4, **options
+        new_model(), *crops, CONFIG, tmp_path / "parts", should_stop=lambda: next(calls) == 4, **options
     )
     assert stopped == 5
     extra = "6,0,0.5,0.1,1e-3,9\r\n"  # a row after the checkpoint, as a killed run leaves it
     with (tmp_path / "parts" / "log.csv").open("a") as file:
         file.write(extra)
-    assert train_to_folder(new_model(image_size=8), *crops, CONFIG, tmp_path / "parts", resume=True, **options) == 8
+    assert train_to_folder(new_model(), *crops, CONFIG, tmp_path / "parts", resume=True, **options) == 8
     logs = [list(csv.DictReader((tmp_path / n / "log.csv").read_text().splitlines())) for n in ("whole", "parts")]
     assert [(r["step"], r["loss"]) for r in logs[0]] == [(r["step"], r["loss"]) for r in logs[1]]
     whole, parts = (NoisePredictor.from_pretrained(tmp_path / name) for name in ("whole", "parts"))
@@ -52,16 +50,16 @@ def test_stopped_folder_goes_on_and_its_log_has_no_row_twice(crops, tmp_path):
 
 
 def test_folder_with_a_checkpoint_is_not_overwritten(crops, tmp_path):
-    train_to_folder(new_model(image_size=8), *crops, CONFIG, tmp_path, sample_every=0)
+    train_to_folder(new_model(), *crops, CONFIG, tmp_path, sample_every=0)
     before = (tmp_path / STATE_FILE).read_bytes()
     with pytest.raises(ValueError, match="already holds a checkpoint.*--resume"):
-        train_to_folder(new_model(image_size=8), *crops, CONFIG, tmp_path, sample_every=0)
+        train_to_folder(new_model(), *crops, CONFIG, tmp_path, sample_every=0)
     assert (tmp_path / STATE_FILE).read_bytes() == before
 
 
 def test_stop_writes_the_checkpoint_and_draws_no_samples(crops, tmp_path):
     """Between SIGTERM and SIGKILL there may be little time."""
-    train_to_folder(new_model(image_size=8), *crops, CONFIG, tmp_path, sample_every=1, should_stop=lambda: True)
+    train_to_folder(new_model(), *crops, CONFIG, tmp_path, sample_every=1, should_stop=lambda: True)
     assert (tmp_path / STATE_FILE).exists() and not (tmp_path / "samples").exists()
 
 
@@ -76,24 +74,24 @@ def test_a_run_that_is_killed_or_stopped_between_grid_and_checkpoint_loses_no_gr
 
     good, grid = command.save_checkpoint, "samples/step-000008.png"
     options = {"checkpoint_every": 2, "sample_every": 4}
-    train_to_folder(new_model(image_size=8), *crops, CONFIG, tmp_path / "whole", **options)
+    train_to_folder(new_model(), *crops, CONFIG, tmp_path / "whole", **options)
     monkeypatch.setattr(command, "save_checkpoint", killed)
     with pytest.raises(Killed):
-        train_to_folder(new_model(image_size=8), *crops, CONFIG, tmp_path / "killed", **options)
+        train_to_folder(new_model(), *crops, CONFIG, tmp_path / "killed", **options)
     monkeypatch.setattr(command, "save_checkpoint", good)
     assert (tmp_path / "killed" / grid).exists()  # drawn before the checkpoint, and by the next run again
 
     calls, stopped = iter(range(100)), tmp_path / "stopped"
-    train_to_folder(new_model(image_size=8), *crops, CONFIG, stopped, should_stop=lambda: next(calls) == 7, **options)
+    train_to_folder(new_model(), *crops, CONFIG, stopped, should_stop=lambda: next(calls) == 7, **options)
     assert not (stopped / grid).exists()  # between SIGTERM and SIGKILL there may be little time
-    assert train_to_folder(new_model(image_size=8), *crops, CONFIG, stopped, resume=True, **options) == 8
+    assert train_to_folder(new_model(), *crops, CONFIG, stopped, resume=True, **options) == 8
     whole, drawn = (np.asarray(Image.open(tmp_path / name / grid)).astype(int) for name in ("whole", "stopped"))
     assert abs(whole - drawn).max() <= 1
 
 
 @pytest.mark.parametrize("damage", [b"\x80\n", b"a,b\n1,2\n", b"%sx,1,1,1,1,1\n", b"%s1,1\n", b'%s"1\n', b"\0\0\n"])
 def test_damaged_log_is_set_aside_before_the_first_step(crops, tmp_path, capsys, damage):
-    train_to_folder(new_model(image_size=8), *crops, replace(CONFIG, num_train_steps=1), tmp_path, sample_every=0)
+    train_to_folder(new_model(), *crops, replace(CONFIG, num_train_steps=1), tmp_path, sample_every=0)
     header = (tmp_path / "log.csv").read_bytes().splitlines(keepends=True)[0]
     damage = damage.replace(b"%s", header)
     (tmp_path / "log.csv").write_bytes(damage)
@@ -102,7 +100,7 @@ def test_damaged_log_is_set_aside_before_the_first_step(crops, tmp_path, capsys,
         assert (tmp_path / "log.csv.damaged").read_bytes() == damage
         return True
 
-    train_to_folder(new_model(image_size=8), *crops, CONFIG, tmp_path, sample_every=0, resume=True, should_stop=stop)
+    train_to_folder(new_model(), *crops, CONFIG, tmp_path, sample_every=0, resume=True, should_stop=stop)
     assert "it is log.csv.damaged now" in capsys.readouterr().err
     lines = (tmp_path / "log.csv").read_text(encoding="utf-8").splitlines()
     assert lines[0].encode() == header.strip() and [line.split(",")[0] for line in lines[1:]] == ["2"]
@@ -111,8 +109,8 @@ def test_damaged_log_is_set_aside_before_the_first_step(crops, tmp_path, capsys,
 def test_rows_of_a_run_stopped_between_them_are_those_of_one_that_was_not(crops, tmp_path, monkeypatch):
     """Rows are means since the row before. A kill forgets what was since the checkpoint, which has a row of its own."""
     options = {"log_every": 3, "checkpoint_every": 4, "sample_every": 0}
-    train_to_folder(new_model(image_size=8), *crops, CONFIG, tmp_path / "whole", **options)
-    losses = [state.loss.item() for state in train(new_model(image_size=8), *crops, CONFIG)]
+    train_to_folder(new_model(), *crops, CONFIG, tmp_path / "whole", **options)
+    losses = [state.loss.item() for state in train(new_model(), *crops, CONFIG)]
     calls = iter(range(100))
 
     def kill():
@@ -121,8 +119,8 @@ def test_rows_of_a_run_stopped_between_them_are_those_of_one_that_was_not(crops,
         return False
 
     with pytest.raises(KeyboardInterrupt):
-        train_to_folder(new_model(image_size=8), *crops, CONFIG, tmp_path / "killed", should_stop=kill, **options)
-    train_to_folder(new_model(image_size=8), *crops, CONFIG, tmp_path / "killed", resume=True, **options)
+        train_to_folder(new_model(), *crops, CONFIG, tmp_path / "killed", should_stop=kill, **options)
+    train_to_folder(new_model(), *crops, CONFIG, tmp_path / "killed", resume=True, **options)
     rows = [list(csv.DictReader((tmp_path / n / "log.csv").open(encoding="utf-8"))) for n in ("whole", "killed")]
     assert [[row["step"], row["loss"]] for row in rows[0]] == [[row["step"], row["loss"]] for row in rows[1]]
     for row, steps in zip(rows[0], ([0, 1, 2], [3], [4, 5], [6, 7]), strict=True):
@@ -135,8 +133,8 @@ def test_what_others_keep_in_the_folder_stays(crops, tmp_path):
     for path in mine:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("mine", encoding="utf-8")
-    train_to_folder(new_model(image_size=8), *crops, CONFIG, tmp_path, sample_every=4)
-    train_to_folder(new_model(image_size=8), *crops, CONFIG, tmp_path, sample_every=4, resume=True)
+    train_to_folder(new_model(), *crops, CONFIG, tmp_path, sample_every=4)
+    train_to_folder(new_model(), *crops, CONFIG, tmp_path, sample_every=4, resume=True)
     assert all(path.read_text(encoding="utf-8") == "mine" for path in mine)
 
 
@@ -149,7 +147,7 @@ def test_the_bar_moves_with_every_step(crops, tmp_path, monkeypatch):
             return super().update(n)
 
     monkeypatch.setattr(command, "tqdm", Bar)
-    train_to_folder(new_model(image_size=8), *crops, CONFIG, tmp_path, sample_every=0)
+    train_to_folder(new_model(), *crops, CONFIG, tmp_path, sample_every=0)
     assert moved == [1] * 8
 
 
@@ -170,13 +168,13 @@ def test_where_the_main_process_refuses_the_others_do(monkeypatch):
 def test_half_a_row_and_files_left_behind_go(crops, tmp_path):
     options = {"log_every": 1, "sample_every": 0}
     calls = iter(range(100))
-    train_to_folder(new_model(image_size=8), *crops, CONFIG, tmp_path, should_stop=lambda: next(calls) == 3, **options)
+    train_to_folder(new_model(), *crops, CONFIG, tmp_path, should_stop=lambda: next(calls) == 3, **options)
     with (tmp_path / "log.csv").open("a") as file:
         file.write("4")  # cut off within the row of step 45, say
     (tmp_path / ".writing-checkpoint").mkdir()
     (tmp_path / ".writing-checkpoint" / "file").touch()
     (tmp_path / ".writing-log.csv").touch()
-    train_to_folder(new_model(image_size=8), *crops, CONFIG, tmp_path, resume=True, **options)
+    train_to_folder(new_model(), *crops, CONFIG, tmp_path, resume=True, **options)
     rows = list(csv.DictReader((tmp_path / "log.csv").read_text().splitlines()))
     assert [row["step"] for row in rows] == [str(step) for step in range(1, 9)]
     assert all(None not in row.values() for row in rows)
@@ -186,24 +184,24 @@ def test_half_a_row_and_files_left_behind_go(crops, tmp_path):
 def test_loss_that_is_not_finite_leaves_a_checkpoint_that_goes_on(crops, tmp_path, monkeypatch):
     options = {"checkpoint_every": 2, "sample_every": 0}
     whole = tmp_path / "whole"
-    train_to_folder(new_model(image_size=8), *crops, CONFIG, whole, **options)
+    train_to_folder(new_model(), *crops, CONFIG, whole, **options)
     good = training.simple_loss
     count = iter(range(100))
     monkeypatch.setattr(training, "simple_loss", lambda *a: good(*a) * (float("nan") if next(count) == 4 else 1))
     with pytest.raises(FloatingPointError, match="step 5: the loss or its gradient"):
-        train_to_folder(new_model(image_size=8), *crops, CONFIG, tmp_path / "broken", **options)
+        train_to_folder(new_model(), *crops, CONFIG, tmp_path / "broken", **options)
     monkeypatch.setattr(training, "simple_loss", good)
-    train_to_folder(new_model(image_size=8), *crops, CONFIG, tmp_path / "broken", resume=True, **options)
+    train_to_folder(new_model(), *crops, CONFIG, tmp_path / "broken", resume=True, **options)
     assert torch.equal(
         weights(NoisePredictor.from_pretrained(whole)), weights(NoisePredictor.from_pretrained(tmp_path / "broken"))
     )
 
 
 def test_finished_run_resumes_to_nothing(crops, tmp_path):
-    train_to_folder(new_model(image_size=8), *crops, CONFIG, tmp_path, sample_every=0)
+    train_to_folder(new_model(), *crops, CONFIG, tmp_path, sample_every=0)
     for num_train_steps in (8, 2):
         config = replace(CONFIG, num_train_steps=num_train_steps)
-        assert train_to_folder(new_model(image_size=8), *crops, config, tmp_path, sample_every=0, resume=True) == 8
+        assert train_to_folder(new_model(), *crops, config, tmp_path, sample_every=0, resume=True) == 8
 
 
 def test_a_run_in_a_folder_asks_before_each_row_and_checkpoint(crops, tmp_path, monkeypatch):
@@ -211,13 +209,13 @@ def test_a_run_in_a_folder_asks_before_each_row_and_checkpoint(crops, tmp_path, 
     asked = []
     monkeypatch.setattr(TrainState, "check", lambda self: asked.append(self.step))
     config = replace(CONFIG, num_train_steps=7)
-    train_to_folder(new_model(image_size=8), *crops, config, tmp_path, log_every=3, checkpoint_every=5, sample_every=0)
+    train_to_folder(new_model(), *crops, config, tmp_path, log_every=3, checkpoint_every=5, sample_every=0)
     assert sorted(asked) == [1, 2, 3, 3, 4, 5, 5, 5, 6, 6, 7, 7, 7]  # save_checkpoint asks for itself, too
 
 
 def test_a_second_run_in_a_folder_is_refused(crops, tmp_path):
     with locked(tmp_path), pytest.raises(ValueError, match=f"another run is writing to {tmp_path}"):
-        train_to_folder(new_model(image_size=8), *crops, CONFIG, tmp_path)
+        train_to_folder(new_model(), *crops, CONFIG, tmp_path)
     assert not list(tmp_path.iterdir())
-    train_to_folder(new_model(image_size=8), *crops, replace(CONFIG, num_train_steps=1), tmp_path, sample_every=0)
+    train_to_folder(new_model(), *crops, replace(CONFIG, num_train_steps=1), tmp_path, sample_every=0)
     assert not (tmp_path / ".lock").exists()

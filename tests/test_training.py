@@ -29,7 +29,7 @@ from ddpm_tutorial.training import EMA, learning_rate, train, train_steps, train
 def test_loss_falls_below_predicting_no_noise(data):
     """A network that predicts 0 has loss 1; the first steps must leave that well behind."""
     config = TrainConfig(num_train_steps=60, batch_size=32, lr=3e-3, warmup_steps=5)
-    losses = [state.loss.item() for state in train(new_model(), *data, config)]
+    losses = [state.loss.item() for state in train(new_model(image_size=28), *data, config)]
     assert losses[0] == pytest.approx(1, abs=0.05)
     assert sum(losses[-10:]) / 10 < 0.6
 
@@ -38,7 +38,7 @@ def test_loss_falls_below_predicting_no_noise(data):
 @pytest.mark.parametrize("loss", ["l2", "l1"])
 def test_the_first_loss_is_that_of_zeros_beside_what_the_target_wants(data, target, loss):
     """A fresh network gives zeros, so that its loss is known from the batch alone."""
-    model, config = new_model(target=target), replace(CONFIG, loss=loss)
+    model, config = new_model(image_size=28, target=target), replace(CONFIG, loss=loss)
     _, x_0, t, noise, _ = next(training_batches(model, *data, config, done=0))
     signal = model.diffusion.alphas_cumprod[t].sqrt().view(-1, 1, 1, 1)
     wanted = {"noise": noise, "v": signal * noise - (1 - signal**2).sqrt() * x_0, "x_0": x_0}[target]
@@ -76,8 +76,8 @@ def test_each_optimizer_and_loss_trains(crops, optimizer, loss):
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_trains_after_full_precision_in_one_process(data, precision):
     config = TrainConfig(num_train_steps=3, batch_size=8, warmup_steps=0)
-    full = [state.loss.item() for state in train(new_model(), *data, config)]
-    *_, last = half = list(train(new_model(), *data, replace(config, precision=precision)))
+    full = [state.loss.item() for state in train(new_model(image_size=28), *data, config)]
+    *_, last = half = list(train(new_model(image_size=28), *data, replace(config, precision=precision)))
     assert weights(last.model).dtype == torch.float32 and weights(last.model).isfinite().all()
     assert [state.loss.item() for state in half] == pytest.approx(full, abs=0.02)
     assert half[-1].loss != full[-1]  # it was another precision
@@ -96,7 +96,7 @@ def test_compiled_network_is_one_graph_compiled_once(data, monkeypatch):
     torch._dynamo.reset()
     settings = torch._dynamo.config.save_config()
     compiled, plain = (
-        list(train(new_model(target="v", channel_mults=(1,)), *data, replace(config, compile=asked)))
+        list(train(new_model(image_size=28, target="v", channel_mults=(1,)), *data, replace(config, compile=asked)))
         for asked in (True, False)
     )
     assert counter.frame_count == 1 and torch._dynamo.config.save_config() == settings
@@ -104,7 +104,7 @@ def test_compiled_network_is_one_graph_compiled_once(data, monkeypatch):
 
 
 def test_forward_and_loss_are_one_graph(data):
-    model = new_model(target="v", channel_mults=(1,))
+    model = new_model(image_size=28, target="v", channel_mults=(1,))
 
     @functools.partial(torch.compile, backend="eager", fullgraph=True)
     def loss_of(x_0, t, noise, y):
@@ -150,15 +150,17 @@ def test_bad_data_is_refused_before_the_first_step(data):
         (images, labels[:-1], r"labels must be \(70,\)"),
         (images, labels.float(), "labels must be integers, got torch.float32"),
         (images, labels + 1, "0 … 9.*got 1 … 10"),
+        (images, labels - 1, "0 … 9.*got -1 … 8"),
         (images.float(), labels, "uint8"),
         (images.double() / 255, labels, "uint8 or float32"),
         (images.float() * torch.nan, labels, "finite"),
         (images[:10], labels[:10], "1 … 10 .*got 16"),
-        (images.repeat(1, 3, 1, 1), labels, "takes 1 channels, and the images have 3"),
+        (images.repeat(1, 3, 1, 1), labels, r"draws images \(1, 28, 28\), and these are \(3, 28, 28\)"),
         (images[:, :, :26], labels, "26×28.*divisible by 4: 24 or 28 or 32"),
+        (images[:, :, :24, :24], labels, r"draws images \(1, 28, 28\), and these are \(1, 24, 24\)"),
     ]:
         with pytest.raises(ValueError, match=message):
-            train(new_model(), bad_images, bad_labels, CONFIG)
+            train(new_model(image_size=28), bad_images, bad_labels, CONFIG)
 
 
 def test_float_data_goes_in_as_it_is(crops):
@@ -173,7 +175,7 @@ def test_float_data_goes_in_as_it_is(crops):
 def test_gradient_is_clipped(data):
     """With SGD's memory removed (one step of plain gradient), the step is as long as lr times the clipped norm."""
     config = TrainConfig(num_train_steps=1, batch_size=16, grad_clip=0.01, warmup_steps=0)
-    state = next(train(new_model(), *data, config))
+    state = next(train(new_model(image_size=28), *data, config))
     clipped = torch.stack([p.grad.norm() for p in state.model.parameters() if p.grad is not None]).norm()
     assert state.grad_norm > 0.1  # the norm before clipping is what is reported
     assert_close(clipped.item(), 0.01, rtol=1e-3, atol=0)
@@ -281,7 +283,7 @@ def test_a_step_reads_nothing_from_the_device_and_copies_to_it_once(data, monkey
     So it tells what would wait on a GPU. It takes the GPU's way: channels-last, and a fused optimizer."""
     place = SimpleNamespace(device=torch.device("meta"), num_processes=1, process_index=0)
     seeded = training.seeded_generator
-    model = new_model(target=target, num_classes=num_classes)
+    model = new_model(image_size=28, target=target, num_classes=num_classes)
     probabilities = training.timestep_probabilities(model.diffusion, target)  # once a run, from the tables
     monkeypatch.setattr(training, "timestep_probabilities", lambda *_: probabilities)
     monkeypatch.setattr(training, "processes", lambda: place)
@@ -327,7 +329,7 @@ def test_processes_share_the_batch_of_one(data, monkeypatch):
 
     def batches(rank, world):
         as_process(rank, world, monkeypatch)
-        return list(training_batches(new_model(), *data, config, done=2))
+        return list(training_batches(new_model(image_size=28), *data, config, done=2))
 
     shares = [batches(rank, 3) for rank in range(3)]
     for (step, *whole), *parts in zip(batches(0, 1), *shares, strict=True):

@@ -545,6 +545,11 @@ def test_a_network_that_cannot_be_is_refused_by_name(options):
         UNet(**{"channels": 8} | options)
 
 
+def test_an_odd_width_has_no_sines_and_cosines():
+    with pytest.raises(ValueError, match="channels must be even.*got 5"):
+        UNet(channels=5, channel_mults=(8,))
+
+
 def test_one_level_may_keep_the_default_attention():
     """Checkpoints of ``train --channel-mults 1`` say so."""
     model = UNet(channels=8, channel_mults=(1,))

@@ -78,6 +78,8 @@ def test_captions_of_texts():
     assert none.shape == (0, 1) and none.dtype == torch.long
     with pytest.raises(ValueError, match="'apples' is not one of the 3 words known; near ones: apple"):
         captions_of(["red apples"], vocabulary)
+    with pytest.raises(ValueError, match="list of them, got one: 'red'"):
+        captions_of("red", vocabulary)
 
 
 # ------------------------------------------------------------------------- noise in colour and at other sizes

@@ -23,7 +23,7 @@ from ddpm_tutorial.results import RESULTS_FOLDER
 from ddpm_tutorial.settings import TEXT, number, whole
 
 from ..common import Table, cuda_or_cpu, outcome, results_file
-from .measure import run_rounds, sampling_task, settings, spread, training_task
+from .measure import quartiles, run_rounds, sampling_task, settings, training_task
 from .peers import PEERS, Candidate, candidates, operations, parameters, shipped_config
 from .recipe import recipe_benchmark
 
@@ -45,7 +45,7 @@ def make_table(nets: list[Candidate], costs: list, times: dict, failed: dict, ba
             return None
         wall = [a / b for a, b in zip(rate[mine], rate[other], strict=True)]
         used = [b / a for a, b in zip(cpu[mine], cpu[other], strict=True)]
-        return {**spread(wall), "by_cpu_time": spread(used)["median"], "settings": [mine[2], other[2]]}
+        return {**quartiles(wall), "by_cpu_time": quartiles(used)["median"], "settings": [mine[2], other[2]]}
 
     rows = []
     for net, (forward, size) in zip(nets, costs, strict=True):
@@ -56,7 +56,7 @@ def make_table(nets: list[Candidate], costs: list, times: dict, failed: dict, ba
             row[mode] = {key[2]: {"failed": failed[key]} for key in failed if key[:2] == (net.name, mode)}
             for key in [k for k in rate if k[:2] == (net.name, mode)]:
                 seconds = float(f"{statistics.median(cpu[key]) / batch_size:.4g}")
-                row[mode][key[2]] = {"images_per_second": spread(rate[key]), "cpu_seconds_per_image": seconds}
+                row[mode][key[2]] = {"images_per_second": quartiles(rate[key]), "cpu_seconds_per_image": seconds}
             eager = ratio((nets[0].name, mode, "eager"), (net.name, mode, "eager"))
             row[mode]["ours_faster"] = {"eager": eager, "best": ratio(best(nets[0], mode), best(net, mode))}
         rows.append(row)
@@ -100,7 +100,10 @@ def speed_benchmark(
     tiny = quick and device.type == "cpu"
     batch_size = 2 if tiny else 64
     ways = settings(device, device.type == "cuda" if compile is None else compile)
-    about = {"rounds": rounds, "batch_size": batch_size, "seed": 0, "network": shipped_config(), "device": device.type}
+    about = {
+        "rounds": rounds, "quick": quick, "batch_size": batch_size, "seed": 0, "network": shipped_config(),
+        "device": device.type,
+    }  # fmt: skip
     table = Table(out, command, about | {"ddpm_tutorial": ddpm_tutorial.__version__}, [])
     if table.result.get("options", {}).get("rounds") == rounds:
         return
@@ -149,6 +152,7 @@ def main(argv: list[str] | None = None) -> int:
     run = recipe_benchmark if recipe else speed_benchmark
     out = args.pop("out", RESULTS_FOLDER / f"benchmark-{'recipe-' * recipe}{device.type}.json")
     told = [f" --{name} {value}" for name, value in args.items() if name in ("rounds", "seconds")]
+    told += [f" --{'no-' * (not value)}{name}" for name, value in args.items() if name in ("quick", "compile")]
     command = parser.prog + " --recipe" * recipe + "".join(told)
     return outcome(parser.prog, lambda: run(command=command, out=out, device=device, **args), out)
 
