@@ -37,7 +37,7 @@ portable: .venv/ready  ## the notebooks under other instruction sets, threads an
 train: .venv/ready  ## train on the full data with the best device found
 	@$(BIN)/ddpm-tutorial train --data $(DATA) --out $(OUT) $(if $(wildcard $(OUT)/state.safetensors),--resume)
 
-results: .venv/ready  ## make the tables of chapters 5 to 10 again, from the shipped weights (hours; goes on where it stopped)
+results: .venv/ready  ## make the tables of the shipped weights again (hours; goes on where it stopped)
 	@$(BIN)/python -m experiments --data $(DATA)
 
 lab: .venv/ready  ## open JupyterLab on the chapters

@@ -205,7 +205,7 @@ def play(animation: FuncAnimation, alt: str):
 
 
 def show_source(function) -> None:
-    """Show the source of a function, a class or a method of the package, highlighted, with a link to its file."""
+    """Show the source of a function, a class or a method of a module of the package, highlighted, with a link to it."""
     from IPython.display import Code, Markdown, display
 
     file = f"{__package__}/{Path(inspect.getsourcefile(inspect.unwrap(function))).name}"

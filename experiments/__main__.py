@@ -1,4 +1,4 @@
-"""Make the tables of chapters 5 to 10 again: python -m experiments [--data SOURCE] [--only NAME...] (``make results``).
+"""Make the tables of the shipped weights again: python -m experiments [--data SOURCE] [--only NAME...] (``make results``).
 
 One experiment after the other; what is there already, made with the same settings and weights, is not made again, so a
 stopped run goes on with the same command. Tables that were made on a GPU and lie in the results keep their settings.
@@ -31,7 +31,7 @@ EXPERIMENTS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="python -m experiments", description="Make the tables of chapters 5 to 10 again.",
+    parser = Parser(prog="python -m experiments", description="Make the tables of the shipped weights again.",
                     argument_default=argparse.SUPPRESS)  # fmt: skip
     parser.add_argument("--data", type=TEXT, metavar="SOURCE", help="Fashion-MNIST: hub, sample or a folder")
     parser.add_argument("--only", type=one_of(*EXPERIMENTS), nargs="+", metavar="NAME", help=", ".join(EXPERIMENTS))

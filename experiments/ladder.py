@@ -38,6 +38,7 @@ SOLVERS = {
     "DDPM (DDIM, η = 1)": partial(sample_ddim, eta=1.0),  # strided ancestral sampling, σ² = β̃ of the sub-sequence
     "Heun": sample_heun,
     "DPM-Solver++(2M)": sample_dpmpp_2m,
+    "DPM-Solver++(2M), even in u": partial(sample_dpmpp_2m, spacing="u"),
     ALL_STEPS: partial(sample_ddpm, variance="beta"),
 }
 AGAIN, NUM_SEEDS = ("DPM-Solver++(2M)", 20), 8  # this row is drawn with other seeds too: how much of a figure is luck

@@ -159,8 +159,8 @@ def set_up(make: Callable[[], Callable[[], None]], device, quick: bool) -> tuple
 def run_rounds(
     tasks: dict, rounds: int, device, quick: bool, after_round: Callable[[dict, dict], None], until: float = math.inf
 ) -> None:
-    """``tasks``: key → a function that makes the call to time. A call that fails leaves the race, and so does one
-    whose turn comes when ``time.monotonic()`` is past ``until``."""
+    """``tasks``: key → a function that makes the call to time. A call that fails as it
+    warms up leaves the race, and so does one whose turn to do so comes when ``time.monotonic()`` is past ``until``."""
     ready, failed = {}, {}
     for i, (key, make) in enumerate(tasks.items()):
         note(f"warming up {i + 1}/{len(tasks)}: {' · '.join(key)}")
