@@ -1,7 +1,8 @@
-"""Make the tables of the shipped weights again: python -m experiments [--data SOURCE] [--only NAME...] (``make results``).
+"""Make the tables of the shipped weights again: python -m experiments [--data SOURCE] [--only NAME...].
 
-One experiment after the other; what is there already, made with the same settings and weights, is not made again, so a
-stopped run goes on with the same command. Tables that were made on a GPU and lie in the results keep their settings.
+One experiment after the other (``make results``); what is there already, made with the same settings and weights, is
+not made again, so a stopped run goes on with the same command. Tables that were made on a GPU and lie in the results
+keep their settings.
 """
 
 import argparse
@@ -11,20 +12,21 @@ import time
 from ddpm_tutorial.command.arguments import Parser
 from ddpm_tutorial.settings import TEXT, one_of
 
-from . import ablation, choices, editing, evaluation, guidance_sweep, ladder, ladder_flow, samples
+from . import ablation, choices, editing, evaluation, guidance_sweep, ladder, ladder_flow, progress, samples
 from .benchmark import __main__ as benchmark
 from .common import duration
 
 # The command, and about how many minutes it takes on two cores.
 EXPERIMENTS = {
-    "evaluation": (evaluation.main, 60),
+    "evaluation": (evaluation.main, 100),
     "samples": (samples.main, 2),
     "editing": (editing.main, 5),
     "guidance_sweep": (guidance_sweep.main, 15),
-    "ladder": (lambda argv: ladder.main(argv) or ladder.main([*ladder.CHEAP, *argv]), 215),
+    "ladder": (lambda argv: ladder.main(argv) or ladder.main([*ladder.CHEAP, *argv]), 225),
     "ladder_flow": (ladder_flow.main, 15),
     "ablation": (ablation.main, 90),
-    "choices": (choices.main, 130),
+    "choices": (choices.main, 150),
+    "progress": (progress.main, 15),
     "benchmark": (benchmark.main, 20),
     "recipe": (lambda argv: benchmark.main(["--recipe", *argv]), 15),
 }

@@ -20,7 +20,7 @@ from experiments import __main__ as experiments
 from experiments.common import Table, cuda_or_cpu, fingerprint, made_with, pixel_figures
 
 NAMES = sorted(path.stem for path in RESULTS_FOLDER.glob("*.json"))
-TRAIN_THEIR_OWN = ("ablation", "choices", "benchmark", "emoji", "latents")
+TRAIN_THEIR_OWN = ("ablation", "choices", "benchmark", "progress", "emoji", "latents")
 
 
 def test_every_table_loads():
@@ -78,7 +78,7 @@ def test_all_experiments_run_one_after_the_other_with_the_data(asked, capsys):
     assert [call[0] for call in asked] == list(experiments.EXPERIMENTS)
     assert all(call[1:] == (("--data", "sample") if call[0] != "benchmark" else ()) for call in asked)
     out, error = capsys.readouterr()
-    assert "[1/10] evaluation" in out and error == "failed: samples\n"
+    assert "[1/11] evaluation" in out and error == "failed: samples\n"
 
 
 def test_only_some_experiments_and_bad_names(asked, capsys):
