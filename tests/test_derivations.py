@@ -258,6 +258,27 @@ def test_the_pull_of_a_short_step(eta, p):
     assert (y - x_t / math.sqrt(a)) / ((b - a) / a**1.5 * score) == pytest.approx(p, rel=1e-4)
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_fresh_noise_is_a_step_of_langevin(eta):
+    """(6.16a) is (6.11) over √ᾱ; and for a short step (6.16b), whose second part leaves the law as it is."""
+    x_bar, e, z = 0.7, -0.4, 1.3  # e: the predicted noise
+    for now, then in ((60, 40), (60, 59)):
+        a, b, s_now, s_then = ABAR[now], ABAR[then], SIGMA_BAR[now], SIGMA_BAR[then]
+        x_0 = x_bar - s_now * e
+        sigma2 = eta**2 * (1 - b) / (1 - a) * (1 - a / b)
+        step = (b.sqrt() * x_0 + (1 - b - sigma2).sqrt() * e + sigma2.sqrt() * z) / b.sqrt()  # (6.11)
+        s2 = eta**2 * s_then**2 / s_now**2 * (s_now**2 - s_then**2)
+        assert_close(step, x_bar + ((s_then**2 - s2).sqrt() - s_now) * e + s2.sqrt() * z)
+    h, sigma = 1e-5, 2.0
+    s2 = eta**2 * (sigma - h) ** 2 / sigma**2 * (sigma**2 - (sigma - h) ** 2)
+    moved = math.sqrt((sigma - h) ** 2 - s2) - sigma
+    assert moved == pytest.approx(-(1 + eta**2) * h, rel=1e-3)
+    assert s2 == pytest.approx(2 * eta**2 * sigma * h, rel=1e-3)
+    # the step on the spot, of q = N(0, v): its variance stays, but for δ²
+    v, delta = 1.8, eta**2 * sigma * h
+    assert (1 - delta / v) ** 2 * v + 2 * delta == pytest.approx(v, abs=2 * delta**2)
+
+
 def test_up_and_down_is_a_step_of_langevin():
     """(9.13): a short step up and DDIM's back; and for Gaussian q the law stays, but for β²."""
     beta, x, e, slope = 1e-4, 0.6, -0.8, -1.7  # slope: the score's, q = N(0, 1/1.7) at this level
