@@ -221,7 +221,7 @@ def _operation(node: fx.Node, layer: nn.Module | None) -> str:
         weight, stride = (layer.weight, layer.stride) if layer else (node.args[1].meta["tensor_meta"], node.args[3])
         return "×".join(map(str, weight.shape[2:])) + " convolution" + (", stride 2" if 2 in stride else "")
     constants = [str(argument) for argument in node.args if isinstance(argument, (int, float))]
-    symbols = {"add": " ".join([*constants, "+"]), "mul": "×"}
+    symbols = {"add": " ".join([*constants, "+"]), "mul": "×", "getattr": "transpose"}  # the attribute is .mT
     return type(layer).__name__ if layer else symbols.get(name, name.replace("_", " "))
 
 

@@ -18,7 +18,7 @@ from .common import duration
 
 # The command, and about how many minutes it takes on two cores.
 EXPERIMENTS = {
-    "evaluation": (evaluation.main, 100),
+    "evaluation": (evaluation.main, 45),
     "samples": (samples.main, 2),
     "editing": (editing.main, 5),
     "guidance_sweep": (guidance_sweep.main, 15),

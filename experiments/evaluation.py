@@ -2,7 +2,7 @@
 
 By the functions of ``ddpm-tutorial evaluate``: evaluation-bits.json has the bound of real test images;
 evaluation-10000.json the figures of 10,000 samples, evaluation-5x2000.json of the same as five sets, and
-evaluation-guided.json of 10,000 with guidance. ``--only`` makes one of them.
+evaluation-guided.json of 2,000 with guidance. ``--only`` makes one of them.
 """
 
 import sys
@@ -71,7 +71,8 @@ def judged(
     guidance_scale = scale_of(name)
     samples = folder / f"guidance-{guidance_scale}.npz"
     if not samples.exists():
-        labels = torch.arange(num_images) % model.num_classes
+        count = num_images // REPEATS["5x2000"] if name == "guided" else num_images  # as in each of the five sets
+        labels = torch.arange(count) % model.num_classes
         batches = draw_batches(model, labels, **SAMPLER, guidance_scale=guidance_scale, seed=seed)
         save_images(batches, labels, samples, columns=10)
     report = measure_samples(model, data, seed, samples=samples, repeats=REPEATS[name])
