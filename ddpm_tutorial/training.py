@@ -102,7 +102,9 @@ def train(
             f"{' or '.join(map(str, near))} (--image-size), say"
         )
     if tuple(images.shape[1:]) != model.image_shape:
-        raise ValueError(f"the model draws images {model.image_shape}, and these are {tuple(images.shape[1:])}")
+        raise ValueError(
+            f"the model draws images {model.image_shape} (its image_shape), and these are {tuple(images.shape[1:])}"
+        )
     if config.batch_size > len(images):
         raise ValueError(f"batch_size must lie in 1 … {len(images)} (the number of images), got {config.batch_size}")
     if config.batch_size % world:

@@ -405,7 +405,7 @@ def test_bad_input_of_train(trained, tmp_path, fails):
                           ("data", ""), ("out", ""), ("schedule", "lin"), ("loss", "l3"), ("ema-decay", 1),
                           ("image-channels", 2)):  # fmt: skip
         assert f"argument --{option}: must be " in fails("train", *out, f"--{option}", value)
-    assert "divisible by" in fails("train", *out, "--data", "sample", "--channels", 15)
+    assert "divisible by" in fails("train", *out, "--data", "sample", "--channels", 14)
     assert "--out" in fails("train")
     assert "unrecognized arguments: --batchsize" in fails("train", *out, "--batchsize", 3)
     assert "no checkpoint" in fails("train", *out, "--resume")

@@ -29,5 +29,8 @@ def test_a_training_is_looked_at_six_times(tiny, tmp_path, monkeypatch, capsys):
         assert len({image.tobytes() for image in file["images"][:, 0]}) > 1
     monkeypatch.setattr(progress, "train", lambda *_: pytest.fail("trained twice"))
     assert progress.main([*tiny, "30"]) == 0 and json.loads((tmp_path / "a.json").read_text()) == found
+    (tmp_path / "a.json").write_text(json.dumps({name: value for name, value in found.items() if name != "real"}))
+    with pytest.raises(pytest.fail.Exception, match="trained twice"):  # it had stopped before its images were written
+        progress.main([*tiny, "30"])
     assert progress.main([*tiny, "31"]) == 2
     assert "num_train_steps 30, not 31" in capsys.readouterr().err
