@@ -23,7 +23,7 @@ from ddpm_tutorial.settings import TrainConfig, number, one_of, whole
 from ddpm_tutorial.training import train
 from ddpm_tutorial.unet import Stage, UNet
 
-from .common import PROCESSES, Table, cuda_or_cpu, fingerprint, run_command, table_parser
+from .common import PROCESSES, Table, cuda_or_cpu, fingerprint, jobs_of, rows_of, run_command, table_parser
 
 DEFAULTS = {"num_train_steps": 1200, "batch_size": 32, "channels": 24, "lr": 6e-3, "num_images": 500}
 SEEDS = (0, 1, 2)
@@ -94,12 +94,10 @@ def draw(model: NoisePredictor, count: int, how: dict) -> tuple[Tensor, Tensor]:
 def over_seeds(rows: list[dict]) -> dict:
     """For each run and each sampling of it, the mean and standard deviation of each figure over the seeds."""
     found = {}
-    for run in RUNS:
-        options = BASE | RUNS[run]
-        sets = [row["figures"] for row in rows if (row["run"], row["options"]) == (run, options)]
-        if sets:
-            figures = {sampling: spread([figures[sampling] for figures in sets]) for sampling in sets[0]}
-            found[run] = {"options": options, "seeds": len(sets), "figures": figures}
+    for run, of_run in rows_of(BASE, RUNS, rows).items():
+        sets = [row["figures"] for row in of_run]
+        figures = {sampling: spread([figures[sampling] for figures in sets]) for sampling in sets[0]}
+        found[run] = {"options": of_run[0]["options"], "seeds": len(sets), "figures": figures}
     return found
 
 
@@ -112,8 +110,7 @@ def run(
         "optimizer": TrainConfig().optimizer, "num_train_images": len(train_set.images), "device": cuda_or_cpu().type,
         "classifier": fingerprint(Classifier.shipped),
     }  # fmt: skip
-    jobs = [{"run": name, "options": BASE | RUNS[name], "seed": seed} for seed in SEEDS for name in RUNS]
-    table = Table(out, command, settings, jobs)
+    table = Table(out, command, settings, jobs_of(BASE, RUNS, SEEDS))
     table.missing = [job for job in table.missing if job["run"] in (runs or RUNS) and job["seed"] < seeds]
     if table.missing:
         reference = look(train_set.images)

@@ -23,7 +23,7 @@ from ddpm_tutorial.settings import TrainConfig, number, one_of, whole
 from ddpm_tutorial.training import EMA, training_batches
 from ddpm_tutorial.unet import UNet
 
-from .common import PROCESSES, Table, fingerprint, pixel_figures, run_command, table_parser
+from .common import PROCESSES, Table, fingerprint, jobs_of, pixel_figures, rows_of, run_command, table_parser
 
 DEFAULTS = {"seconds": 300.0}
 SEEDS = 3
@@ -114,8 +114,7 @@ def run(
         "seconds": seconds, "num_images": NUM_IMAGES, "sampler": f"ddim, {NUM_STEPS} steps",
         "num_train_images": len(images), "device": "cpu", "classifier": fingerprint(Classifier.shipped),
     }  # fmt: skip
-    jobs = [{"run": name, "options": BASE | RUNS[name], "seed": seed} for seed in range(SEEDS) for name in RUNS]
-    table = Table(out, command, settings, jobs)
+    table = Table(out, command, settings, jobs_of(BASE, RUNS, range(SEEDS)))
     table.missing = [job for job in table.missing if job["run"] in (runs or RUNS) and job["seed"] < seeds]
     if table.missing:
         make = partial(train_and_judge, seconds=seconds, data=data, reference=look(images))
@@ -126,12 +125,10 @@ def run(
 def over_seeds(rows: list[dict]) -> dict:
     """For each run, the mean and standard deviation of its numbers over the seeds."""
     found = {}
-    for name in RUNS:
-        options = BASE | RUNS[name]
+    for name, of_run in rows_of(BASE, RUNS, rows).items():
         sets = [{key: value for key, value in row.items() if isinstance(value, int | float) and key != "seed"}
-                for row in rows if (row["run"], row["options"]) == (name, options)]  # fmt: skip
-        if sets:
-            found[name] = {"options": options, "seeds": len(sets), "figures": spread(sets)}
+                for row in of_run]  # fmt: skip
+        found[name] = {"options": of_run[0]["options"], "seeds": len(sets), "figures": spread(sets)}
     return found
 
 

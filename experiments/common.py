@@ -10,7 +10,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
@@ -120,6 +120,20 @@ def read_result(out: Path) -> dict:
 def differences(before: dict, now: dict) -> str:
     """In words, the settings of ``now`` that were others ``before``; "" where none was."""
     return "; ".join(f"{name} {before.get(name)}, not {now[name]}" for name in now if before.get(name) != now[name])
+
+
+def jobs_of(base: dict, runs: dict[str, dict], seeds: Iterable[int]) -> list[dict]:
+    """A job for each seed of each run; its ``options`` are ``base`` with what the run changes."""
+    return [{"run": name, "options": base | changes, "seed": seed} for seed in seeds for name, changes in runs.items()]
+
+
+def rows_of(base: dict, runs: dict[str, dict], rows: list[dict]) -> dict[str, list[dict]]:
+    """The rows of each run that has some, without those that were made when it had other options."""
+    found = {
+        name: [row for row in rows if (row["run"], row["options"]) == (name, base | changes)]
+        for name, changes in runs.items()
+    }
+    return {name: of_run for name, of_run in found.items() if of_run}
 
 
 class Table:
