@@ -73,7 +73,7 @@ def load_fashion_mnist(split: str = "train", source: str | Path | None = None) -
     environment variable DDPM_TUTORIAL_DATA decides, else "hub". No source replaces another: what cannot be read, or is
     not Fashion-MNIST, raises ValueError, FileNotFoundError or ConnectionError.
     """
-    source = _chosen(source)
+    source = chosen_source(source)
     if split not in IDX_FILES:
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
     if source == "sample":
@@ -109,7 +109,7 @@ def load_images(
         raise ValueError(f"image channels must be 1 (grey) or 3 (colour), got {channels}")
     if image_size is not None and image_size < 1:
         raise ValueError(f"the image size must be at least 1, got {image_size}")
-    source = _chosen(source)
+    source = chosen_source(source)
     folder = Path(source)
     if source in NAMED_SOURCES:
         data = load_fashion_mnist(split, source)
@@ -134,7 +134,8 @@ def load_images(
     return ImageData(images if channels != 3 else images.repeat(1, 3, 1, 1), data.labels, data.class_names)
 
 
-def _chosen(source: str | Path | None) -> str | Path:
+def chosen_source(source: str | Path | None) -> str | Path:
+    """The source, or where it is None that of the environment variable, or "hub"."""
     if source == "":
         raise ValueError(f"the source is empty. {SOURCES}")
     return source if source is not None else os.environ.get(SOURCE_VARIABLE) or "hub"

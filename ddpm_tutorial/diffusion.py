@@ -279,6 +279,13 @@ class GaussianDiffusion(nn.Module):
         return -self.at(self.sqrt_one_minus_alphas_cumprod, t, score) * score
 
 
+def path_times(diffusion: GaussianDiffusion) -> tuple[Tensor, Tensor]:
+    """Where a diffusion's timesteps lie on the straight path, equation (10.9): u_t = √(1 − ᾱ_t)/b_t and the scale
+    b_t = √ᾱ_t + √(1 − ᾱ_t), so that x_t = b_t x_u. Two tables (T + 1,)."""
+    scale = diffusion.sqrt_alphas_cumprod + diffusion.sqrt_one_minus_alphas_cumprod
+    return diffusion.sqrt_one_minus_alphas_cumprod / scale, scale
+
+
 def randn_like(x: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:
     """Standard normal noise shaped as x, on x's device; drawn on the generator's own device, so that a CPU
     generator gives the same noise everywhere. A list of generators, one for each item of x (B, …), gives each item its

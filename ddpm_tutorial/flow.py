@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from .diffusion import GaussianDiffusion, check_counts, check_diffusion, check_floats
+from .diffusion import GaussianDiffusion, check_counts, check_diffusion, check_floats, path_times
 from .files import SHIPPED_WEIGHTS
 
 SHIPPED_FLOW = SHIPPED_WEIGHTS / "flow"  # a ``NoisePredictor`` of Fashion-MNIST, trained for the velocity
@@ -24,6 +24,8 @@ def straight_path(x_0: Tensor, noise: Tensor, u: Tensor) -> Tensor:
             f"x_0 and noise must have one shape (B, …) and u (B,), got {tuple(x_0.shape)}, {tuple(noise.shape)} and "
             f"{tuple(u.shape)}"
         )
+    if not ((u >= 0) & (u <= 1)).all():
+        raise ValueError(f"u must lie in [0, 1], got {u.min().item()} … {u.max().item()}")
     u = u.view(-1, *[1] * (x_0.ndim - 1))
     return (1 - u) * x_0 + u * noise
 
@@ -35,13 +37,6 @@ def straight_beta_schedule(num_timesteps: int) -> Tensor:
     u = torch.arange(num_timesteps + 1, dtype=torch.float64) / (num_timesteps + 1)
     alpha_bar = (1 - u) ** 2 / ((1 - u) ** 2 + u**2)
     return 1 - alpha_bar[1:] / alpha_bar[:-1]
-
-
-def path_times(diffusion: GaussianDiffusion) -> tuple[Tensor, Tensor]:
-    """Where a diffusion's timesteps lie on the straight path, equation (10.9): u_t = √(1 − ᾱ_t)/b_t and the scale
-    b_t = √ᾱ_t + √(1 − ᾱ_t), so that x_t = b_t x_u. Two tables (T + 1,)."""
-    scale = diffusion.sqrt_alphas_cumprod + diffusion.sqrt_one_minus_alphas_cumprod
-    return diffusion.sqrt_one_minus_alphas_cumprod / scale, scale
 
 
 def velocity_of(model: Callable, diffusion: GaussianDiffusion) -> Callable[[Tensor, int], Tensor]:
@@ -76,19 +71,18 @@ def train_flow(
     pairs: Callable[[int, torch.Generator | None], tuple[Tensor, Tensor]],
     *,
     num_train_steps: int = 2500,
-    batch_size: int = 512,
-    lr: float = 1e-2,
     generator: torch.Generator | None = None,
 ) -> Iterator[float]:
     """Flow matching: teach ``velocity(x_u, u)`` the mean of ε − x_0, equation (10.7); yields each step's loss.
 
     ``pairs(count, generator)`` gives x_0 and noise, (count, …) each: drawn independently, or coupled by a flow that was
-    trained before (reflow). u is uniform in [0, 1]. Adam, with a cosine from ``lr`` to 0, as ``toy.train_points``.
+    trained before (reflow). u is uniform in [0, 1]. Batches of 512 and Adam, with a cosine from 0.01 to 0, as
+    ``toy.train_points``.
     """
-    optimizer = torch.optim.Adam(velocity.parameters(), lr=lr, fused=True)
+    optimizer = torch.optim.Adam(velocity.parameters(), lr=1e-2, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_train_steps)
     for _ in range(num_train_steps):
-        x_0, noise = pairs(batch_size, generator)
+        x_0, noise = pairs(512, generator)
         u = torch.rand(len(x_0), generator=generator)
         loss = (velocity(straight_path(x_0, noise, u), u) - (noise - x_0)).square().mean()
         optimizer.zero_grad()

@@ -1,18 +1,12 @@
-"""Guidance: wrappers around a noise model, so that samplers never see labels (chapter 7).
-
-Also a classifier of noisy images that classifier guidance can ask.
-"""
+"""Guidance: wrappers around a noise model, so that samplers never see labels (chapter 7)."""
 
 import math
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from .diffusion import GaussianDiffusion, NoiseModel, asking, check_counts, holds_integers
-from .files import SHIPPED_WEIGHTS, Pretrained
-from .unet import Downsample, ResidualBlock, group_norm, sinusoidal_embedding
+from .diffusion import GaussianDiffusion, NoiseModel, asking, holds_integers
 
 
 def drop_labels(
@@ -27,7 +21,7 @@ def drop_labels(
         raise ValueError(f"the probability of dropping a label must lie in [0, 1], got {probability}")
     device = generator.device if generator is not None else labels.device
     drop = torch.rand(labels.shape[:1], generator=generator, device=device) < probability
-    return labels.masked_fill(drop.to(labels.device).view(-1, *[1] * (labels.ndim - 1)), null_label)
+    return labels.long().masked_fill(drop.to(labels.device).view(-1, *[1] * (labels.ndim - 1)), null_label)
 
 
 def classifier_free(model, labels: Tensor, guidance_scale: float = 1.0) -> NoiseModel:
@@ -41,7 +35,7 @@ def classifier_free(model, labels: Tensor, guidance_scale: float = 1.0) -> Noise
     if num_classes is None:
         raise ValueError("classifier-free guidance needs a class-conditional model (num_classes is None)")
     _check_scale(guidance_scale)
-    _check_labels(labels.cpu(), num_classes, captions=True)
+    check_labels(labels.cpu(), num_classes, captions=True)
     labels = labels.long()
     null = torch.full_like(labels, num_classes)
 
@@ -78,7 +72,7 @@ def classifier_guidance(
         with torch.enable_grad():  # samplers run without gradients
             x = x_t.detach().requires_grad_()
             log_p = classifier(x, t).log_softmax(dim=1)  # (B, num_classes)
-            _check_labels(labels, log_p.shape[1])
+            check_labels(labels, log_p.shape[1])
             gradient = torch.autograd.grad(log_p.gather(1, labels.long()[:, None]).sum(), x)[0]  # (B, …)
         return model(x_t, t) + guidance_scale * diffusion.noise_from_score(gradient, t)
 
@@ -118,59 +112,18 @@ def rescaled(guided: NoiseModel, plain: NoiseModel, diffusion: GaussianDiffusion
     return model
 
 
-# ------------------------------------------------------------------------------------- a classifier of noisy images
-class NoisyClassifier(nn.Module, Pretrained):
-    """log p(label | x_t) up to a constant, at every t: x_t (B, in_channels, S, S), t (B,) → logits (B, num_classes).
-
-    The way down of the U-Net (chapter 4), as in Dhariwal, Nichol, 2021, section 4. Then one linear layer over all
-    positions, not over their mean: garments lie in one place. S, the ``image_size``, must be divisible by 4.
-    """
-
-    shipped = SHIPPED_WEIGHTS / "noisy_classifier"
-
-    def __init__(self, in_channels: int = 1, num_classes: int = 10, channels: int = 32, image_size: int = 28):
-        super().__init__()
-        check_counts(in_channels=in_channels, num_classes=num_classes, channels=channels, image_size=image_size)
-        if image_size % 4 or channels % 2:
-            wanted = "image_size must be a multiple of 4 and channels of 2"
-            raise ValueError(f"{wanted}, got {image_size} and {channels}")
-        self.config = {
-            "in_channels": in_channels, "num_classes": num_classes, "channels": channels, "image_size": image_size
-        }  # fmt: skip
-        self.channels, emb_channels = channels, 4 * channels
-        self.image_shape = (in_channels, image_size, image_size)
-        self.time_mlp = nn.Sequential(
-            nn.Linear(channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
-        )
-        self.conv_in = nn.Conv2d(4 * in_channels, channels, 3, padding=1)
-        self.fine = ResidualBlock(channels, channels, emb_channels)
-        self.downsample = Downsample(channels, 2 * channels)
-        self.coarse = ResidualBlock(2 * channels, 2 * channels, emb_channels)
-        self.norm_out = group_norm(2 * channels)
-        self.head = nn.Linear(2 * channels * (image_size // 4) ** 2, num_classes)
-
-    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        if x_t.shape[1:] != self.image_shape or t.shape != x_t.shape[:1]:
-            wanted = f"(B, {', '.join(map(str, self.image_shape))}) and t (B,)"
-            raise ValueError(f"x_t must be {wanted}, got {tuple(x_t.shape)} and {tuple(t.shape)}")
-        emb = self.time_mlp(sinusoidal_embedding(t, self.channels))
-        x = F.pixel_unshuffle(x_t, 2)  # (B, 4·in_channels, H/2, W/2)
-        x = self.downsample(self.fine(self.conv_in(x), emb))
-        x = self.coarse(x, emb)
-        return self.head(F.silu(self.norm_out(x)).flatten(1))
-
-
 def _check_one_an_image(labels: Tensor, x_t: Tensor) -> None:
     if labels.shape[:1] != x_t.shape[:1]:
         raise ValueError(f"labels must be ({len(x_t)},), one an image; got {tuple(labels.shape)}")
 
 
-def _check_labels(labels: Tensor, num_classes: int, captions: bool = False) -> None:
-    """Their range is checked on the CPU only: the host would wait for a GPU. Captions (B, L) may hold the null label,
-    ``num_classes``."""
+def check_labels(labels: Tensor, num_classes: int, captions: bool = False) -> None:
+    """ValueError where they are not integers (B,) below ``num_classes``, or captions (B, L), which may hold the null
+    label, ``num_classes``. The range is checked on the CPU only: the host would wait for a GPU."""
+    wanted = "(B,) or captions (B, L)" if captions else "(B,)"
     captions = captions and labels.ndim == 2 and labels.shape[1] > 0
     if not (captions or labels.ndim == 1) or not holds_integers(labels):
-        raise ValueError(f"labels must be integers of shape (B,), got {labels.dtype} {tuple(labels.shape)}")
+        raise ValueError(f"labels must be integers {wanted}, got {labels.dtype} {tuple(labels.shape)}")
     labels, largest = labels.long(), num_classes if captions else num_classes - 1  # int8 would compare with −56 for 200
     if labels.device.type == "cpu" and labels.numel() and not 0 <= labels.min() <= labels.max() <= largest:
         raise ValueError(f"labels must lie in 0 … {largest}, got {labels.min().item()} … {labels.max().item()}")

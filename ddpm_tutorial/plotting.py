@@ -118,13 +118,11 @@ def animate_images(
     return animation
 
 
-def animate_points(
-    clouds: Iterable[Tensor], titles: Sequence[str], *, limit: float = 3, fps: int = 10
-) -> FuncAnimation:
-    """An animation of 2-D point clouds (N, 2), one cloud a frame."""
+def animate_points(clouds: Iterable[Tensor], titles: Sequence[str]) -> FuncAnimation:
+    """An animation of 2-D point clouds (N, 2) in the square [−3, 3]², one cloud a frame, ten frames a second."""
     clouds = [points.detach().cpu() for points in clouds]
     figure, axis = plt.subplots(figsize=(4, 4.3), dpi=80, layout="constrained")
-    axis.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xticks=[], yticks=[])
+    axis.set(xlim=(-3, 3), ylim=(-3, 3), aspect="equal", xticks=[], yticks=[])
     dots = axis.scatter(*clouds[0].T, s=2, alpha=0.4)
     title = axis.set_title(titles[0])
 
@@ -133,7 +131,7 @@ def animate_points(
         title.set_text(titles[i])
         return dots, title
 
-    animation = FuncAnimation(figure, draw, frames=len(clouds), interval=1000 / fps)
+    animation = FuncAnimation(figure, draw, frames=len(clouds), interval=100)
     plt.close(figure)
     return animation
 

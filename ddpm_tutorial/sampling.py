@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from .data import to_uint8
-from .diffusion import GaussianDiffusion, check_diffusion, check_floats, randn_like
-from .flow import path_times
+from .diffusion import GaussianDiffusion, check_diffusion, check_floats, path_times, randn_like
 from .settings import SPACINGS
 
 
@@ -50,12 +49,12 @@ def checked_at_the_call(check: Callable[..., None]) -> Callable[[Callable], Call
 
 
 def _check_arguments(
-    model, diffusion: GaussianDiffusion, shape, x_T, start, num_inference_steps=1, variance="beta", eta=0, spacing="t",
-    **_others,
+    model, diffusion: GaussianDiffusion, shape, x_T, start, generator, num_inference_steps=1, variance="beta", eta=0,
+    spacing="t", **_others,
 ) -> None:  # fmt: skip
     T = diffusion.num_timesteps
     check_diffusion(model, diffusion)
-    if not isinstance(shape, Sequence) or not all(isinstance(size, int) and size >= 0 for size in shape):
+    if not isinstance(shape, Sequence) or not shape or not all(isinstance(n, int) and n >= 0 for n in shape):
         raise ValueError(f"shape must be that of the samples, (B, …), got {shape!r}")
     ddim_timesteps(T, num_inference_steps)  # says what is wrong
     if variance not in ("posterior", "beta"):
@@ -72,6 +71,9 @@ def _check_arguments(
         check_floats(x_T=x_T)
         if tuple(x_T.shape) != tuple(shape):
             raise ValueError(f"x_T must have the shape asked for, {tuple(shape)}, got {tuple(x_T.shape)}")
+    own = generator if isinstance(generator, Sequence) else [generator] * shape[0]
+    if len(own) != shape[0] or not all(isinstance(one, torch.Generator | None) for one in own):
+        raise ValueError(f"generator must be one, or {shape[0]}, one for each image; got {generator!r:.200}")
 
 
 @checked_at_the_call(_check_arguments)
@@ -221,6 +223,7 @@ def path_timesteps(diffusion: GaussianDiffusion, num_inference_steps: int) -> li
     """The timesteps, from T down, that lie nearest to an even walk in u = √(1 − ᾱ) / (√ᾱ + √(1 − ᾱ)), the time of the
     straight path (chapter 10): each once, so many steps may be fewer. A linear schedule then spends its evaluations
     where images take shape, and not on what is nearly pure noise."""
+    ddim_timesteps(diffusion.num_timesteps, num_inference_steps)  # says what is wrong
     u = path_times(diffusion)[0][1:]
     even = 1 - torch.arange(num_inference_steps, device=u.device) / num_inference_steps
     nearest = 1 + (u[:, None] - even).abs().argmin(0)

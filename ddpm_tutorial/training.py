@@ -20,8 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .checkpoint import TrainState, load_state
 from .data import batch_indices, seeded_generator, to_model_range
-from .diffusion import holds_integers
-from .guidance import drop_labels
+from .guidance import check_labels, drop_labels
 from .losses import draw_timesteps, simple_loss, timestep_probabilities
 from .optimizer import Muon, make_optimizers
 from .predictor import NoisePredictor
@@ -111,17 +110,13 @@ def train(
         raise ValueError(f"batch_size {config.batch_size} must be divisible by the number of processes, {world}")
     if config.precision == "fp16" and device.type == "mps":
         raise ValueError("precision fp16 does not train on mps: use bf16 or no")
-    if model.num_classes is None:
-        return train_steps(model, images, None, config, resume_from)
-    if labels is None:
-        raise ValueError("a class-conditional model needs labels")
-    if not holds_integers(labels):
-        raise ValueError(f"labels must be integers, got {labels.dtype}")
-    if labels.ndim not in (1, 2) or labels.shape[:1] != images.shape[:1] or 0 in labels.shape:
-        raise ValueError(f"labels must be ({len(images)},), or captions ({len(images)}, L), got {tuple(labels.shape)}")
-    largest = model.num_classes - (labels.ndim == 1)
-    if not 0 <= labels.min() <= labels.max() <= largest:
-        raise ValueError(f"labels must lie in 0 … {largest}, got {labels.min().item()} … {labels.max().item()}")
+    if (labels is None) != (model.num_classes is None):
+        needs = "a class-conditional model needs" if labels is None else "a model without classes takes no"
+        raise ValueError(f"{needs} labels")
+    if labels is not None:
+        check_labels(labels.cpu(), model.num_classes, captions=True)
+        if len(labels) != len(images):
+            raise ValueError(f"labels must be one for each of the {len(images)} images, got {len(labels)}")
     return train_steps(model, images, labels, config, resume_from)
 
 

@@ -1,2 +1,3 @@
-"""Every measured table of the book: ``python -m experiments.NAME`` writes one file of ``ddpm_tutorial/results``, and
-``python -m experiments`` (``make results``) all but those whose networks are their own, ``emoji`` and ``latents``."""
+"""Every measured table of the book: ``python -m experiments.NAME`` writes its files of ``ddpm_tutorial/results``, and
+``python -m experiments`` (``make results``) runs all but ``emoji``, ``latents``, ``classifiers`` and ``gpu``, whose
+networks ship."""

@@ -13,8 +13,7 @@ from ddpm_tutorial.command.arguments import Parser
 from ddpm_tutorial.data import ImageData, load_fashion_mnist, seeded_generator, to_model_range
 from ddpm_tutorial.diffusion import GaussianDiffusion
 from ddpm_tutorial.files import written_aside
-from ddpm_tutorial.guidance import NoisyClassifier
-from ddpm_tutorial.metrics import Classifier, label_agreement, look, train_classifier
+from ddpm_tutorial.metrics import Classifier, NoisyClassifier, label_agreement, look, train_classifier
 from ddpm_tutorial.predictor import NoisePredictor
 from ddpm_tutorial.settings import TEXT, whole
 

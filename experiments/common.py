@@ -92,12 +92,12 @@ def parsed_for_device(parser: Parser, argv: list[str] | None) -> dict:
 
 def outcome(prog: str, run: Callable[[], None], out: Path) -> int:
     """``run()``, and the exit status of the command ``prog``: 0 with a line on where it wrote, 130 for Ctrl-C, 2 with
-    one line for bad input and damaged files."""
+    one line for bad input, damaged files and networks that give no numbers."""
     try:
         run()
     except KeyboardInterrupt:
         return 130
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print(f"wrote {out}")

@@ -145,7 +145,7 @@ def run(minutes: float | None, num_train_steps: int | None, out: Path, channels:
     begin(out, {"steps": num_train_steps, "channels": channels, "num_samples": num_samples} | options)
     options["warmup_steps"] = min(TrainConfig().warmup_steps, num_train_steps // 10)
 
-    settings = {"steps": num_train_steps, "batch_size": batch_size, "options": options}
+    settings = {"steps": num_train_steps, "channels": channels, "batch_size": batch_size, "num_samples": num_samples}
     if only != "memory":
         train_with_words(emoji, channels, TrainConfig(num_train_steps, **options), num_samples, out)
     if only != "words":
@@ -154,7 +154,7 @@ def run(minutes: float | None, num_train_steps: int | None, out: Path, channels:
             train_without(emoji, count, channels, TrainConfig(steps, label_dropout=1.0, **options), num_samples, out)
     parts = [out / f"{name}.npz" for name in ("words", *SUBSETS)]
     if all(part.exists() for part in parts):
-        together(emoji, parts, settings | {"num_samples": num_samples}, minutes, out)
+        together(emoji, parts, settings | {"options": options}, out)
 
 
 def kept(path: Path, samples: dict[str, Tensor], began: float) -> None:
@@ -193,16 +193,18 @@ def train_without(emoji: Emoji, count: int, channels: int, config: TrainConfig, 
     kept(out / f"{count}.npz", samples, began)
 
 
-def together(emoji: Emoji, parts: list[Path], settings: dict, minutes: float | None, out: Path) -> None:
+def together(emoji: Emoji, parts: list[Path], settings: dict, out: Path) -> None:
     samples, seconds = {}, {}
     for part in parts:
         with np.load(part) as file:
             seconds[part.stem] = round(float(file["seconds"]), 1)
             samples |= {name: torch.from_numpy(file[name]) for name in file.files if name != "seconds"}
     np.savez_compressed(out / "emoji.npz", **{name: drawn[:8].numpy() for name, drawn in samples.items()})
-    how_long = f"--num-train-steps {settings['steps']}" if minutes is None else f"--minutes {minutes:g}"
     compiled = " --compile" if settings["options"]["compile"] and processes().device.type == "cpu" else ""
-    command = f"python -m experiments.emoji {how_long} --batch-size {settings['batch_size']}{compiled} --out FOLDER"
+    command = (
+        f"python -m experiments.emoji --num-train-steps {settings['steps']} --channels {settings['channels']} "
+        f"--batch-size {settings['batch_size']} --num-samples {settings['num_samples']}{compiled} --out FOLDER"
+    )
     device, memory_steps = processes().device, max(int(name.split("-")[2]) for name in samples if "plain" in name)
     settings |= {"memory_steps": memory_steps, "num_images": len(emoji.images), "seed": 0, "device": device.type}
     info = {"command": command, **settings, "seconds": seconds, "torch": torch.__version__}

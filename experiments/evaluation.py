@@ -36,12 +36,14 @@ def run(
     command: str, out: Path, num_images: int, seed: int, data: str | None = None, checkpoint: str | None = None,
     only: str | None = None,
 ) -> None:  # fmt: skip
-    if not out.name.startswith("evaluation-"):
-        files = ", ".join(f"evaluation-{name}.json" for name in NAMES)
-        raise ValueError(f"--out says in which folder {files} go, by the name of one; got {out.name}")
+    files = [f"evaluation-{name}.json" for name in REPEATS]  # evaluation-bits has a number of images of its own
+    if out.name not in files:
+        raise ValueError(f"--out says in which folder the tables go, by the name of {', '.join(files)}; got {out.name}")
     model = NoisePredictor.from_pretrained(checkpoint).to(processes().device)
     train, test = (load_fashion_mnist(split, data).images for split in ("train", "test"))
     sizes = {"num_train_images": len(train), "num_test_images": len(test)}
+    if num_images > len(test):
+        raise ValueError(f"--num-images must be at most {len(test)} for this data, got {num_images}")
     with tempfile.TemporaryDirectory() as folder:
         for name in [only] if only else NAMES:
             judges, count = ([], min(num_images, BITS_IMAGES)) if name == "bits" else ([Classifier], num_images)
@@ -72,7 +74,7 @@ def judged(
     samples = folder / f"guidance-{guidance_scale}.npz"
     if not samples.exists():
         count = num_images // REPEATS["5x2000"] if name == "guided" else num_images  # as in each of the five sets
-        labels = torch.arange(count) % model.num_classes
+        labels = torch.arange(count) % (model.num_classes or 1)
         batches = draw_batches(model, labels, **SAMPLER, guidance_scale=guidance_scale, seed=seed)
         save_images(batches, labels, samples, columns=10)
     report = measure_samples(model, data, seed, samples=samples, repeats=REPEATS[name])

@@ -15,13 +15,12 @@ from torch import Tensor
 from ddpm_tutorial.data import load_fashion_mnist, seeded_generator, to_model_range
 from ddpm_tutorial.guidance import (
     NoiseModel,
-    NoisyClassifier,
     classifier_free,
     classifier_guidance,
     guided_between,
     rescaled,
 )
-from ddpm_tutorial.metrics import Classifier, Seen, look, of_subsets, sample_figures
+from ddpm_tutorial.metrics import Classifier, NoisyClassifier, Seen, look, of_subsets, sample_figures
 from ddpm_tutorial.predictor import NoisePredictor
 from ddpm_tutorial.sampling import ddim_timesteps, sample_dpmpp_2m, sample_images
 from ddpm_tutorial.settings import whole

@@ -28,6 +28,7 @@ from .common import Table, made_with, run_command, table_parser
 DEFAULTS = {"num_images": 1000, "seed": 0, "max_evaluations": None}
 EVALUATIONS = (5, 10, 20, 50, 100, 250, 1000)  # of the network, for each image
 BATCH_SIZE = 1000
+ONLY_ALL_STEPS = "DDPM, σ² = β"  # takes all timesteps, or none
 SOLVERS = {
     "DDIM, η = 0": partial(sample_ddim, eta=0.0),
     "DDIM, η = 0.5": partial(sample_ddim, eta=0.5),
@@ -35,11 +36,10 @@ SOLVERS = {
     "Heun": sample_heun,
     "DPM-Solver++(2M)": sample_dpmpp_2m,
     "DPM-Solver++(2M), even in u": partial(sample_dpmpp_2m, spacing="u"),
-    "DDPM, σ² = β": partial(sample_ddpm, variance="beta"),
+    ONLY_ALL_STEPS: partial(sample_ddpm, variance="beta"),
 }
 # A visit to every timestep is dear, and a solver of second order gains nothing there.
-ALL_STEPS = ("DDIM, η = 0", "DDPM (DDIM, η = 1)", "DDPM, σ² = β")
-ONLY_ALL_STEPS = "DDPM, σ² = β"  # takes all timesteps, or none
+ALL_STEPS = ("DDIM, η = 0", "DDPM (DDIM, η = 1)", ONLY_ALL_STEPS)
 AGAIN, NUM_SEEDS = ("DPM-Solver++(2M)", 20), 8  # this row is drawn with other seeds too: how much of a figure is luck
 
 

@@ -99,7 +99,8 @@ def trained_autoencoder(
     steps = num_train_steps or steps_for(seconds, begin)
     model, seconds = run_through(begin(steps))
     model.half().float().fit_scale(images)  # that of the weights that are kept
-    return kept(model, folder, config={"num_train_steps": steps} | how, seconds=seconds, device=device.type)
+    config = {"num_train_steps": steps, "precision": "bf16"} | how
+    return kept(model, folder, config=config, seconds=seconds, device=device.type)
 
 
 def trained_diffusion(
@@ -246,17 +247,18 @@ def run(
         least, most = judge.num_features + 1, len(test.images)
         raise ValueError(f"--num-images must lie in {least} … {most} for this data, got {num_images}")
     length = f"--num-train-steps {num_train_steps}" if num_train_steps else f"--seconds {seconds:g}"
-    command = (f"python -m experiments.latents {length} --batch-size {batch_size} --channels {channels} "
-               f"--num-images {num_images} --seed {seed} --out FOLDER --data SOURCE")  # fmt: skip
+    command = (f"python -m experiments.latents {length}{' --compile' * compile} --batch-size {batch_size} "
+               f"--channels {channels} --num-images {num_images} --seed {seed} --out FOLDER --data SOURCE")  # fmt: skip
     precision = "bf16" if device.type == "cuda" else "no"
     options = {"batch_size": batch_size, "seed": seed, "precision": precision, "compile": compile}
     settings = {
         "seconds": None if num_train_steps else seconds, "num_train_steps": num_train_steps,
-        "batch_size": batch_size, "channels": channels, "seed": seed,
+        **options, "channels": channels,
         "num_images": num_images, "sampler": "dpmpp-2m", "num_inference_steps": NUM_STEPS,
         "num_train_images": len(train_set.images), "device": device.type, "classifier": fingerprint(Classifier.shipped),
     }  # fmt: skip
     table = Table(out / "latents.json", command, settings, [{"model": name} for name in MODELS])
+    table.write()  # from here on the folder's networks have these settings
     table.missing = [job for job in table.missing if job["model"] in models]
     trained = {
         job["model"]: networks(job["model"], out, train_set, seconds, num_train_steps, channels, options)

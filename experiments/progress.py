@@ -67,7 +67,7 @@ def run(command: str, out: Path, num_train_steps: int, data: str | None = None) 
 
 def main(argv: list[str] | None = None) -> int:
     parser = table_parser("progress", "One training, looked at several times.", trains=True)
-    parser.add_argument("--num-train-steps", type=whole(10), metavar="N", help="of the run (default: 2000)")
+    parser.add_argument("--num-train-steps", type=whole(30), metavar="N", help="of the run (default: 2000)")
     return run_command(parser, argv, run, DEFAULTS)
 
 

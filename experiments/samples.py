@@ -35,7 +35,7 @@ def run(command: str, out: Path, num_images: int, seed: int, data: str | None = 
     ]
 
     def row(job: dict) -> dict:
-        labels = torch.arange(job["num_images"]) % model.num_classes
+        labels = torch.arange(job["num_images"]) % (model.num_classes or 1)
         batches = draw_batches(model, labels, job["sampler"], guidance_scale=job["guidance_scale"], seed=seed)
         path = out.with_name(job["file"])
         if path.suffix == ".png" and path.parent == RESULTS_FOLDER:

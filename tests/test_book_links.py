@@ -1,14 +1,10 @@
 """The site's own Sphinx extension, on a book of two small pages and one notebook."""
 
 import re
-import sys
-from pathlib import Path
 
 import nbformat
 import pytest
 from sphinx.application import Sphinx
-
-sys.path.append(str(Path(__file__).parents[1] / "book" / "_ext"))
 
 ONE = r"""# 1. The first
 

@@ -55,9 +55,31 @@ def test_each_file_is_made_once_of_the_samples_it_names(checkpoint, tmp_path, mo
     assert guided["guidance_scale"] == 1.3 and "samples" not in guided and guided["pixels"]["pixel_frequency"] > 0
 
 
-def test_another_name_than_that_of_its_files_is_refused(tmp_path, capsys):
-    assert evaluation.main(["--data", "sample", "--out", str(tmp_path / "mine.json")]) == 2
-    assert "got mine.json" in capsys.readouterr().err and not list(tmp_path.iterdir())
+@pytest.mark.parametrize("name", ["mine.json", "evaluation-bits.json", "evaluation-mine.json"])
+def test_another_name_than_that_of_its_files_is_refused(tmp_path, capsys, name):
+    """Not that of the bits either, which has another number of images: the command would go on with that."""
+    assert evaluation.main(["--data", "sample", "--out", str(tmp_path / name)]) == 2
+    assert f"got {name}" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_too_many_images_are_refused_before_one_is_drawn(checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluation, "draw_batches", lambda *_, **__: pytest.fail("drawn"))
+    monkeypatch.setattr(evaluation, "measure_bits", lambda *_: pytest.fail("measured"))
+    options = ["--checkpoint", str(checkpoint), "--data", "sample", "--num-images", "1001"]
+    assert evaluation.main([*options, "--out", str(tmp_path / "evaluation-10000.json")]) == 2
+    assert "--num-images must be at most 1000 for this data, got 1001" in capsys.readouterr().err
+
+
+def test_a_network_that_gives_no_numbers_or_has_no_classes_is_refused_in_one_line(checkpoint, tmp_path, capsys):
+    model = NoisePredictor.from_pretrained(checkpoint)
+    torch.nn.init.constant_(model.unet.conv_in.weight, torch.nan)
+    model.save_pretrained(tmp_path / "nan")
+    NoisePredictor(UNet(channels=8, num_heads=1), model.diffusion).save_pretrained(tmp_path / "no classes")
+    for name, complaint in (("nan", "not finite"), ("no classes", "without labels")):
+        options = ["--checkpoint", str(tmp_path / name), "--num-images", "10", "--out", str(tmp_path / "samples.json")]
+        assert samples.main(options) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("python -m experiments.samples: error: ") and complaint in error, error
 
 
 def test_samples_and_the_picture_are_those_of_the_command(checkpoint, tmp_path):

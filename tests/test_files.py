@@ -12,9 +12,8 @@ from safetensors.torch import load_file, save_file
 from ddpm_tutorial import files
 from ddpm_tutorial.diffusion import GaussianDiffusion
 from ddpm_tutorial.files import ASIDE, asking_hub, check_writable, locked, reading, written_aside
-from ddpm_tutorial.guidance import NoisyClassifier
 from ddpm_tutorial.latents import Autoencoder
-from ddpm_tutorial.metrics import Classifier
+from ddpm_tutorial.metrics import Classifier, NoisyClassifier
 from ddpm_tutorial.predictor import NoisePredictor
 from ddpm_tutorial.unet import UNet
 

@@ -50,7 +50,9 @@ def test_the_path_goes_from_data_to_noise_at_an_even_pace(shape):
 @pytest.mark.parametrize(
     "x_0, noise, u",
     [(torch.zeros(2, 2), torch.zeros(2, 3), torch.zeros(2)), (torch.zeros(2, 2), torch.zeros(2, 2), torch.zeros(3)),
-     (torch.zeros(2, 2, dtype=torch.uint8), torch.zeros(2, 2), torch.zeros(2))],
+     (torch.zeros(2, 2, dtype=torch.uint8), torch.zeros(2, 2), torch.zeros(2)),
+     (torch.zeros(2, 2), torch.zeros(2, 2), torch.tensor([0.5, 1.1])),
+     (torch.zeros(2, 2), torch.zeros(2, 2), torch.tensor([-0.1, 1.0]))],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(x_0, noise, u):
     with pytest.raises(ValueError, match="must"):

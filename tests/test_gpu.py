@@ -103,6 +103,10 @@ def test_what_has_no_time_left_is_left_out(tiny, tmp_path, monkeypatch):
     assert json.loads((out / "results" / "ladder.json").read_text())["rows"] == []
     (ours,) = json.loads((out / "results" / "benchmark-cpu.json").read_text())["candidates"]
     assert ours["train"]["fast"] == {"failed": "no time was left"}
+    monkeypatch.setattr(gpu, "seconds_for", lambda *_: 60.0)
+    assert gpu.main([*TINY, "--out", str(out), "--only", "benchmark"]) == 0  # it was not done, so it goes on
+    (ours,) = json.loads((out / "results" / "benchmark-cpu.json").read_text())["candidates"]
+    assert ours["train"]["eager"]["images_per_second"]["median"] > 0
 
 
 def test_each_part_has_its_share_of_what_is_left():

@@ -9,7 +9,8 @@ import torch
 from torch.testing import assert_close
 
 from ddpm_tutorial import data, metrics
-from ddpm_tutorial.guidance import NoisyClassifier, classifier_free, classifier_guidance
+from ddpm_tutorial.guidance import classifier_free, classifier_guidance
+from ddpm_tutorial.metrics import NoisyClassifier
 from ddpm_tutorial.predictor import NoisePredictor
 from ddpm_tutorial.results import RESULTS_FOLDER
 from ddpm_tutorial.sampling import sample_dpmpp_2m

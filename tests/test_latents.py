@@ -184,6 +184,21 @@ def test_a_folder_of_weights_and_results(tiny, tmp_path, monkeypatch):
     assert again["frechet_distance"] == pytest.approx(latent["frechet_distance"], rel=1e-4)
 
 
+def test_a_stopped_run_does_not_go_on_with_other_settings(tiny, tmp_path, monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "look", stop)
+        assert tiny(tmp_path, "--num-train-steps", "3", "--models", "pixel") == 130  # trained, not judged
+    monkeypatch.setattr(experiment, "train", lambda *_: pytest.fail("it was trained twice"))
+    assert tiny(tmp_path, "--num-train-steps", "5", "--models", "pixel") == 2
+    assert "num_train_steps 3, not 5" in capsys.readouterr().err
+    assert tiny(tmp_path, "--num-train-steps", "3", "--models", "pixel", "--compile") == 2
+    assert "compile False, not True" in capsys.readouterr().err
+    assert tiny(tmp_path, "--num-train-steps", "3", "--models", "pixel") == 0
+
+
 def test_the_best_width_of_the_decoder():
     """Of two kinds of pixels, black and well known, and grey with errors of 0.2: that of the grey ones."""
     found = torch.full((2, 1, 40, 40), -1.0)

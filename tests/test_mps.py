@@ -14,8 +14,8 @@ from ddpm_tutorial.data import seeded_generator, to_model_range
 from ddpm_tutorial.diffusion import GaussianDiffusion
 from ddpm_tutorial.editing import keep_known, resample
 from ddpm_tutorial.elbo import bits_per_dim, mean_and_error, vlb_term
-from ddpm_tutorial.guidance import NoisyClassifier, classifier_free, classifier_guidance, guided_between, rescaled
-from ddpm_tutorial.metrics import Classifier, Seen, look, sample_figures
+from ddpm_tutorial.guidance import classifier_free, classifier_guidance, guided_between, rescaled
+from ddpm_tutorial.metrics import Classifier, NoisyClassifier, Seen, look, sample_figures
 from ddpm_tutorial.predictor import NoisePredictor
 from ddpm_tutorial.sampling import SAMPLERS, sample_ddim
 from ddpm_tutorial.unet import UNet

@@ -14,7 +14,8 @@ from ddpm_tutorial.diffusion import SCHEDULES, GaussianDiffusion, check_diffusio
 from ddpm_tutorial.editing import keep_known, pull_known
 from ddpm_tutorial.elbo import bits_per_dim, vlb_term
 from ddpm_tutorial.flow import velocity_of
-from ddpm_tutorial.guidance import NoisyClassifier, classifier_free, classifier_guidance, guided_between, rescaled
+from ddpm_tutorial.guidance import classifier_free, classifier_guidance, guided_between, rescaled
+from ddpm_tutorial.metrics import NoisyClassifier
 from ddpm_tutorial.predictor import NoisePredictor
 from ddpm_tutorial.sampling import SAMPLERS, sample_ddim
 from ddpm_tutorial.settings import TARGETS

@@ -34,3 +34,9 @@ def test_a_training_is_looked_at_six_times(tiny, tmp_path, monkeypatch, capsys):
         progress.main([*tiny, "30"])
     assert progress.main([*tiny, "31"]) == 2
     assert "num_train_steps 30, not 31" in capsys.readouterr().err
+
+
+def test_a_run_whose_moments_would_fall_together_is_refused(tiny, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        progress.main([*tiny, "29"])
+    assert stopped.value.code == 2 and "30 … " in capsys.readouterr().err

@@ -12,8 +12,7 @@ import torch
 from ddpm_tutorial.data import CLASS_NAMES
 from ddpm_tutorial.drawing import read_samples
 from ddpm_tutorial.flow import SHIPPED_FLOW
-from ddpm_tutorial.guidance import NoisyClassifier
-from ddpm_tutorial.metrics import Classifier
+from ddpm_tutorial.metrics import Classifier, NoisyClassifier
 from ddpm_tutorial.results import RESULTS_FOLDER, load_results
 from ddpm_tutorial.words import EMOJI_WEIGHTS
 from experiments import __main__ as experiments

@@ -330,6 +330,9 @@ def test_steps_even_in_u_visit_the_timesteps_that_lie_nearest():
         assert [step.t for step in steps] == [*visited[1:], 0]
         steps = sampler(mixture.noise_model(diffusion), diffusion, x_T.shape, start=300, **options)
         assert [step.t for step in steps] == [*(t for t in visited if t < 300), 0]
+    for count in (0, -3, 1001, 2.5):
+        with pytest.raises(ValueError, match="num_inference_steps must be an integer in 1 … 1000"):
+            path_timesteps(diffusion, count)
     with pytest.raises(ValueError, match="spacing must be 't' or 'u', got 'log'"):
         sample_ddim(mixture.noise_model(diffusion), diffusion, x_T.shape, spacing="log")
 
@@ -485,6 +488,16 @@ def test_start_needs_x_T_and_a_timestep_of_the_chain(name):
             SAMPLERS[name](recorded_noise(), diffusion, (1, 2), x_T=torch.zeros(1, 2), start=start)
     with pytest.raises(ValueError, match="start=30 needs x_T"):
         SAMPLERS[name](recorded_noise(), diffusion, (1, 2), start=30)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("x_T", [None, torch.zeros(3, 2)])
+def test_generators_are_one_or_one_an_image(name, x_T):
+    diffusion = GaussianDiffusion.from_schedule("linear", 60)
+    for bad in ([seeded()], 4 * [seeded()], 0, 3 * [0], "123"):
+        with pytest.raises(ValueError, match="generator must be one, or 3, one for each image; got"):
+            SAMPLERS[name](recorded_noise(), diffusion, (3, 2), x_T=x_T, generator=bad)
+    SAMPLERS[name](recorded_noise(), diffusion, (3, 2), x_T=x_T, generator=[seeded(), None, seeded()])
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

@@ -1,9 +1,12 @@
 """What contributors run on the book: the checks, and those of portability."""
 
+import http.client
 import re
 import runpy
 import sys
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import psutil
@@ -12,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tools import check
+from tools import check, links
 
 ROUNDING = Path(__file__).parents[1] / "tools" / "rounding" / "profile_default" / "startup" / "rounding.py"
 
@@ -73,3 +76,17 @@ def running(pid):
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+@pytest.mark.parametrize("answer, dead", [
+    (urllib.error.HTTPError("", 404, "", {}, None), "404"), (urllib.error.HTTPError("", 403, "", {}, None), ""),
+    (urllib.error.URLError("Name or service not known"), "Name or service"), (TimeoutError(), ""),
+    (http.client.BadStatusLine("?"), ""),
+])  # fmt: skip
+def test_only_what_is_gone_is_a_dead_link(monkeypatch, answer, dead):
+    def urlopen(*_, **__):
+        raise answer
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    found = links.dead("https://example.org")
+    assert dead in found and bool(found) == bool(dead)

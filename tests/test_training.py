@@ -147,8 +147,8 @@ def test_bad_data_is_refused_before_the_first_step(data):
     images, labels = data
     for bad_images, bad_labels, message in [
         (images, None, "needs labels"),
-        (images, labels[:-1], r"labels must be \(70,\)"),
-        (images, labels.float(), "labels must be integers, got torch.float32"),
+        (images, labels[:-1], "one for each of the 70 images, got 69"),
+        (images, labels.float(), r"labels must be integers \(B,\) or captions \(B, L\), got torch.float32"),
         (images, labels + 1, "0 … 9.*got 1 … 10"),
         (images, labels - 1, "0 … 9.*got -1 … 8"),
         (images.float(), labels, "uint8"),
@@ -161,6 +161,21 @@ def test_bad_data_is_refused_before_the_first_step(data):
     ]:
         with pytest.raises(ValueError, match=message):
             train(new_model(image_size=28), bad_images, bad_labels, CONFIG)
+
+
+def test_labels_of_a_model_without_classes_are_refused(data):
+    with pytest.raises(ValueError, match="a model without classes takes no labels"):
+        train(new_model(image_size=28, num_classes=None), *data, CONFIG)
+
+
+@pytest.mark.parametrize("dtype, num_classes", [(torch.int8, 128), (torch.int8, 200), (torch.uint8, 256)])
+def test_small_integers_are_labels_too(crops, dtype, num_classes):
+    """The null label, and the bound that labels are compared with, need not fit into their type."""
+    images, labels = crops
+    config = replace(CONFIG, num_train_steps=2, label_dropout=0.5)
+    *_, small = train(new_model(num_classes=num_classes), images, labels.to(dtype), config)
+    *_, last = train(new_model(num_classes=num_classes), images, labels, config)
+    assert torch.equal(weights(small.model), weights(last.model))
 
 
 def test_float_data_goes_in_as_it_is(crops):

@@ -229,7 +229,10 @@ def test_the_experiment_leaves_weights_and_samples(tmp_path, monkeypatch, capsys
     assert set(np.load(out / "emoji.npz")) == set(samples)
     rows = json.loads((out / "emoji.json").read_text())["rows"]
     assert len(rows) == len(samples) + 2 and rows[-1]["passes"] == round(4 * 8 / 1911, 1)
-    assert json.loads((out / "training.json").read_text())["memory_steps"] == 4
+    told = json.loads((out / "training.json").read_text())
+    assert told["memory_steps"] == 4 and told["command"] == (
+        "python -m experiments.emoji --num-train-steps 2 --channels 8 --batch-size 8 --num-samples 2 --out FOLDER"
+    )
     assert (out / "captions.png").exists()
     weights = (out / "model.safetensors").stat().st_mtime_ns
     (out / "4.npz").unlink()

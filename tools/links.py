@@ -4,6 +4,7 @@ Prints the dead ones (404 and 410, or no such host) and ends with 1 if there are
 sites turn programs away.
 """
 
+import http.client
 import re
 import sys
 import urllib.error
@@ -24,6 +25,8 @@ def dead(address: str) -> str:
         return str(error.code) if error.code in (404, 410) else ""
     except OSError as error:
         return str(error) if "Name or service" in str(error) else ""
+    except http.client.HTTPException:  # an answer, though a malformed one
+        return ""
     return ""
 
 

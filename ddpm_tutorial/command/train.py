@@ -28,7 +28,7 @@ from ..checkpoint import (
     save_checkpoint,
     saved_step,
 )
-from ..data import NAMED_SOURCES, SOURCE_VARIABLE, load_images, seeded_generator
+from ..data import NAMED_SOURCES, chosen_source, load_images, seeded_generator
 from ..diffusion import GaussianDiffusion
 from ..files import locked, written_aside
 from ..guidance import classifier_free
@@ -54,7 +54,7 @@ def run(out: Path, resume: bool = False, **given) -> int:
     saved = read_training_info(out) if resume else None
     begun = saved_step(out) if resume else 0
     run, config = _settings(out, saved, given)
-    source = run.data or os.environ.get(SOURCE_VARIABLE) or "hub"
+    source = chosen_source(run.data)
     data = load_images(source, "train", run.image_size, run.image_channels)
     labels = None if run.unconditional else data.labels
     trained_on = {

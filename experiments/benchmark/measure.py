@@ -47,17 +47,16 @@ def peer_steps(
     setting: Setting,
     batch_size: int,
     *,
-    lr: float = 1e-3,
     loss: str = "l2",
     grad_clip: float | None = 1.0,
 ) -> Iterator[None]:
-    """DDPM algorithm 1 with any module of (x, t): as ``ddpm_tutorial.training.train`` has it, with Adam
+    """DDPM algorithm 1 with any module of (x, t): as ``ddpm_tutorial.training.train`` has it, with Adam at 1e-3
     and no average."""
     device = images.device
     layout = torch.channels_last if setting.channels_last else torch.contiguous_format
     model.to(device, memory_format=layout).train()
     run = torch.compile(model) if setting.compile else model
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True if setting.fused else None)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True if setting.fused else None)
     generator = seeded_generator(0, device=device)
     while True:
         index = torch.randint(len(images), (batch_size,), generator=generator, device=device)
