@@ -15,7 +15,7 @@ help:  ## list the targets
 
 .venv/ready: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed (PYTHON=... chooses one)")'
-	@echo "setting up .venv (about 6 GB, mostly PyTorch) ..."
+	@echo "setting up .venv (about 7 GB, mostly PyTorch) ..."
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .

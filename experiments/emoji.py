@@ -10,7 +10,6 @@ captions.png; and of each run, which is not made again where it is there, all sa
 them, copy the first three to ddpm_tutorial/weights/emoji and the next two to ddpm_tutorial/results.
 """
 
-import argparse
 import copy
 import json
 import sys
@@ -217,16 +216,16 @@ def together(emoji: Emoji, parts: list[Path], settings: dict, out: Path) -> None
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="python -m experiments.emoji", description="Train on emoji and their words.",
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+    parser = Parser(prog="python -m experiments.emoji", description="Train on emoji and their words.")
     how_long = parser.add_mutually_exclusive_group(required=True)
     how_long.add_argument("--minutes", type=number("above 0", lambda m: m > 0), metavar="M", help="in all")
     how_long.add_argument("--num-train-steps", type=whole(), metavar="N", help="of the network that ships")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for weights and samples")
     parser.add_argument("--compile", action="store_true", help="bf16 and compiled on a CPU, too")
-    parser.add_argument("--channels", type=whole(), default=48, metavar="N", help="width")
-    parser.add_argument("--batch-size", type=whole(), default=256, metavar="N", help="images a step")
-    parser.add_argument("--num-samples", type=whole(), default=256, metavar="N", help="of each run, for its memory")
+    parser.add_argument("--channels", type=whole(), default=48, metavar="N", help="width (default: 48)")
+    parser.add_argument("--batch-size", type=whole(), default=256, metavar="N", help="images a step (default: 256)")
+    parser.add_argument("--num-samples", type=whole(), default=256, metavar="N",
+                        help="of each run, for its memory (default: 256)")  # fmt: skip
     parser.add_argument("--only", type=one_of("words", "memory"), metavar="X",
                         help="words (the network that ships) or memory (the other three)")  # fmt: skip
     args = parsed_for_device(parser, argv)

@@ -4,9 +4,11 @@ Makes the weights of all diffusions of the book and of the autoencoder, then tab
 ``experiments.classifiers``). The parts come in the order of their worth, and each may take its
 share of the time that is left:
 
-- ``shipped``: the shipped recipe, in bf16 and compiled, in FOLDER/shipped; what ships of it in FOLDER/weights
+- ``shipped``: the recipe of the shipped weights, in bf16 and here compiled, in FOLDER/shipped; what ships of it in
+  FOLDER/weights
 - ``flow``: the same for the velocity (chapter 10) in FOLDER/flow; what ships of it, in 16 bits, in FOLDER/weights/flow
-- ``emoji``, ``latents``: those experiments, in FOLDER/emoji and FOLDER/latents; they say what ships
+- ``emoji``, ``latents``: those experiments, in FOLDER/emoji and FOLDER/latents; their files say what
+  ships
 - ``ladder``, ``ladder_flow``, ``guidance_sweep``, ``benchmark``: FOLDER/results, of the weights in FOLDER/weights. What
   no time is left for is left out of a table
 
@@ -17,7 +19,6 @@ To ship them, copy both folders over ``ddpm_tutorial/weights`` and ``ddpm_tutori
 what is complete and made with the shipped weights, and makes the rest again.
 """
 
-import argparse
 import shutil
 import sys
 import time
@@ -152,17 +153,20 @@ def run(
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="python -m experiments.gpu", description="Train and measure on a GPU in a few minutes.",
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
-    parser.add_argument("--minutes", type=number("above 0", lambda m: m > 0), default=9, metavar="M", help="in all")
+    parser = Parser(prog="python -m experiments.gpu", description="Train and measure on a GPU in a few minutes.")
+    parser.add_argument("--minutes", type=number("above 0", lambda m: m > 0), default=9, metavar="M",
+                        help="in all (default: 9)")  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for weights and results")
     parser.add_argument("--data", type=TEXT, metavar="SOURCE", help="Fashion-MNIST: hub, sample or a folder")
-    parser.add_argument("--only", type=one_of(*SHARES), nargs="+", default=list(SHARES), metavar="PART", help="parts")
-    parser.add_argument("--num-images", type=whole(), default=2000, metavar="N", help="images a row")
-    parser.add_argument("--channels", type=whole(), default=shipped_config()["channels"], metavar="N", help="width")
+    parser.add_argument("--only", type=one_of(*SHARES), nargs="+", default=list(SHARES), metavar="PART",
+                        help=f"of {', '.join(SHARES)} (default: all)")  # fmt: skip
+    parser.add_argument("--num-images", type=whole(), default=2000, metavar="N", help="images a row (default: 2000)")
+    parser.add_argument("--channels", type=whole(), default=shipped_config()["channels"], metavar="N",
+                        help="width (default: the shipped one's)")  # fmt: skip
     # a step of few images leaves most of a GPU idle
     batch_size = 1024 if torch.cuda.is_available() else TrainConfig().batch_size
-    parser.add_argument("--batch-size", type=whole(), default=batch_size, metavar="N", help="images a step")
+    parser.add_argument("--batch-size", type=whole(), default=batch_size, metavar="N",
+                        help=f"images a step (default: {batch_size} here)")  # fmt: skip
     args = parsed_for_device(parser, argv)
     return outcome(parser.prog, lambda: run(**args), args["out"])
 

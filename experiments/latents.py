@@ -9,7 +9,6 @@ FOLDER/latents.json into ``ddpm_tutorial/results``. Networks and rows that are t
 kept, and judged, in 16 bits.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -280,19 +279,21 @@ def run(
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="python -m experiments.latents", description="Diffusion on latents beside pixels.",
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+    parser = Parser(prog="python -m experiments.latents", description="Diffusion on latents beside pixels.")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for weights and results")
     parser.add_argument("--data", type=TEXT, metavar="SOURCE", help="Fashion-MNIST: hub, sample or a folder")
     parser.add_argument("--seconds", type=number("above 0", lambda s: s > 0), default=60, metavar="S",
-                        help="of training, for each model")  # fmt: skip
+                        help="of training, for each model (default: 60)")  # fmt: skip
     parser.add_argument("--num-train-steps", type=whole(2), metavar="N", help="of each network, instead of seconds")
-    parser.add_argument("--models", type=one_of(*MODELS), nargs="+", default=MODELS, metavar="NAME", help="the rows")
+    parser.add_argument("--models", type=one_of(*MODELS), nargs="+", default=MODELS, metavar="NAME",
+                        help="the rows: latent, pixel or both (default: both)")  # fmt: skip
     batch_size = 512 if torch.cuda.is_available() else TrainConfig().batch_size
-    parser.add_argument("--batch-size", type=whole(), default=batch_size, metavar="N", help="of every network")
-    parser.add_argument("--channels", type=whole(), default=64, metavar="N", help="width of the U-Net on latents")
-    parser.add_argument("--num-images", type=whole(), default=2000, metavar="N", help="samples a row")
-    parser.add_argument("--seed", type=SEED, default=0, metavar="N", help="of training and sampling")
+    parser.add_argument("--batch-size", type=whole(), default=batch_size, metavar="N",
+                        help=f"of every network (default: {batch_size} here)")  # fmt: skip
+    parser.add_argument("--channels", type=whole(), default=64, metavar="N",
+                        help="width of the U-Net on latents (default: 64)")  # fmt: skip
+    parser.add_argument("--num-images", type=whole(), default=2000, metavar="N", help="samples a row (default: 2000)")
+    parser.add_argument("--seed", type=SEED, default=0, metavar="N", help="of training and sampling (default: 0)")
     parser.add_argument("--compile", action="store_true", help="torch.compile both U-Nets: a minute before training")
     args = parsed_for_device(parser, argv)
     del args["device"]  # processes() has it

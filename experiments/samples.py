@@ -1,4 +1,4 @@
-"""The images that come with the package and the README: python -m experiments.samples [--help].
+"""The images that come with the package and the front page: python -m experiments.samples [--help].
 
 samples.npz is what ``ddpm-tutorial sample --num-images 2000 --sampler dpmpp-2m`` draws, for chapter 8;
 book/samples.png what ``ddpm-tutorial sample --num-images 40 --guidance-scale 2`` draws, three times as large.
@@ -52,7 +52,7 @@ def run(command: str, out: Path, num_images: int, seed: int, data: str | None = 
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = table_parser("samples", "The samples of chapter 8 and of the README.")
+    parser = table_parser("samples", "The samples of chapter 8 and of the front page.")
     parser.add_argument("--num-images", type=whole(), metavar="N", help="in samples.npz (default: 2000)")
     return run_command(parser, argv, run, DEFAULTS)
 

@@ -78,6 +78,7 @@ def test_code_cells_are_short(notebook):
     lengths = [len(cell.source.strip().splitlines()) for cell in code_cells(notebook)]
     assert max(lengths) <= 12
     assert sorted(lengths)[len(lengths) // 2] <= 8
+    assert max(len(line) for cell in code_cells(notebook) for line in cell.source.splitlines()) <= 88
 
 
 def test_outputs_are_committed_and_free_of_errors(notebook):

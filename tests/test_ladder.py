@@ -30,7 +30,7 @@ def small(monkeypatch):
     monkeypatch.setattr(ladder.NoisePredictor, "from_pretrained", lambda folder: model)
     monkeypatch.setattr(ladder, "load_fashion_mnist", first_images(1000))
     monkeypatch.setattr(ladder, "EVALUATIONS", (3, 4, 12))
-    monkeypatch.setattr(ladder, "AGAIN", ("DDIM, η = 0", 12))
+    monkeypatch.setattr(ladder, "AGAIN", ("DDPM (DDIM, η = 1)", 12))
     monkeypatch.setattr(ladder, "NUM_SEEDS", 2)
     monkeypatch.setattr(ladder, "BATCH_SIZE", N)
     monkeypatch.setattr(metrics, "REAL_SUBSETS", 3)
@@ -48,7 +48,7 @@ def rows_of(path):
 def test_rows_cost_what_they_say_and_come_in_order_of_cost(small, tmp_path):
     assert small(tmp_path / "a.json") == 0
     rows = rows_of(tmp_path / "a.json")
-    assert len(rows) == 2 * EACH + 3 and [name for name, allowed in rows if allowed == 12] == list(ladder.ALL_STEPS)
+    assert len(rows) == 2 * EACH + 2 and [name for name, allowed in rows if allowed == 12] == list(ladder.ALL_STEPS)
     diffusion = ladder.NoisePredictor.from_pretrained(None).diffusion
     for (name, allowed), row in rows.items():
         cost = {
