@@ -15,10 +15,13 @@ def drop_labels(
     """Each label replaced by ``null_label`` with this probability (Ho, Salimans, arXiv:2207.12598, algorithm 1); of a
     caption, all words together.
 
-    Training so teaches one network both ε_θ(x_t, t, label) and ε_θ(x_t, t). labels (B,) → (B,), captions (B, L) → same.
+    Training so teaches one network both ε_θ(x_t, t, label) and ε_θ(x_t, t). labels (B,) → same, captions (B, L) → same;
+    int64.
     """
     if not 0 <= probability <= 1:
         raise ValueError(f"the probability of dropping a label must lie in [0, 1], got {probability}")
+    if not holds_integers(labels):
+        raise ValueError(f"labels must be integers, got {labels.dtype}")
     device = generator.device if generator is not None else labels.device
     drop = torch.rand(labels.shape[:1], generator=generator, device=device) < probability
     return labels.long().masked_fill(drop.to(labels.device).view(-1, *[1] * (labels.ndim - 1)), null_label)

@@ -2,6 +2,7 @@
 
 ``Classifier`` plays the part that Inception-v3 plays for photographs: its features and its class probabilities are
 what the Fréchet distance, the kernel distance, the Inception Score, precision and recall are computed from.
+``NoisyClassifier`` is the one that classifier guidance asks (chapter 7).
 """
 
 import contextlib

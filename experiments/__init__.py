@@ -1,3 +1,3 @@
-"""Every measured table of the book: ``python -m experiments.NAME`` writes its files of ``ddpm_tutorial/results``, and
-``python -m experiments`` (``make results``) runs all but ``emoji``, ``latents``, ``classifiers`` and ``gpu``, whose
-networks ship."""
+"""Every measured table of the book: ``python -m experiments.NAME`` makes one, or several. ``python -m experiments``
+(``make results``) runs all but those that also make networks which ship: ``emoji``, ``latents``, ``classifiers`` and
+``gpu``."""

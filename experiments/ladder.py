@@ -1,6 +1,7 @@
 """Every sampler at several costs, for chapter 6: python -m experiments.ladder [--help].
 
-Each sampler draws as many images for each number of network evaluations, from the same noise and for the same labels.
+Each sampler draws as many images for each number of network evaluations, from the same noise and for the same labels;
+DDPM alone also with all timesteps.
 ``ddpm_tutorial.metrics`` judges them, and random subsets of as many real test images. Rows are made in the order of
 their cost.
 """

@@ -5,10 +5,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from ddpm_tutorial.diffusion import SCHEDULES, GaussianDiffusion, cosine_beta_schedule
+from ddpm_tutorial.diffusion import SCHEDULES, GaussianDiffusion, cosine_beta_schedule, path_times
 from ddpm_tutorial.flow import (
     noise_model_of,
-    path_times,
     straight_beta_schedule,
     straight_path,
     train_flow,

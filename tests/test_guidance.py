@@ -138,6 +138,12 @@ def test_drop_labels_refuses_a_bad_probability(probability):
         drop_labels(torch.tensor([0]), probability, 10)
 
 
+@pytest.mark.parametrize("labels", [torch.tensor([0.7, 3.9]), torch.tensor([True, False])])
+def test_only_integers_are_dropped(labels):
+    with pytest.raises(ValueError, match="labels must be integers, got torch"):
+        drop_labels(labels, 0.5, 10)
+
+
 # --------------------------------------------------------------------------------- classifier guidance, exactly
 class Toy:
     """Three classes in the plane, not equally frequent, the last of two blobs: p(label | x_t) and all predictors are
