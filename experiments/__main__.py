@@ -22,7 +22,7 @@ EXPERIMENTS = {
     "samples": (samples.main, 2),
     "editing": (editing.main, 5),
     "guidance_sweep": (guidance_sweep.main, 15),
-    "ladder": (ladder.main, 200),
+    "ladder": (ladder.main, 150),
     "ladder_flow": (ladder_flow.main, 15),
     "ablation": (ablation.main, 90),
     "choices": (choices.main, 150),
